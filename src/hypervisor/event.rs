@@ -1,0 +1,302 @@
+//! The eventfd of a route: signalled by device models, read by the kernel while an irqfd is armed on it.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
+
+use super::descriptor;
+
+/// An eventfd of our own (non-blocking, close-on-exec) or a duplicate of a caller's.
+///
+/// It can be closed while another thread signals it: the descriptor is then given up by whoever leaves last,
+/// so that nobody writes to a number that means another file by then. Nothing here takes a lock.
+#[derive(Debug)]
+pub struct EventFd {
+    inner: ManuallyDrop<SysEventFd>,
+    /// How many threads use the descriptor now, `CLOSED` (nobody may any more), `GONE` (it was given back).
+    users: AtomicU32,
+    /// A caller's eventfd may be in blocking mode; ours is not.
+    foreign: bool,
+    id: OnceLock<Option<u64>>,
+}
+
+const CLOSED: u32 = 1 << 31;
+const GONE: u32 = 1 << 30;
+
+/// Why a descriptor can't be the eventfd of a route.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    #[error("file descriptor {fd} is not open; give an open eventfd")]
+    NotOpen { fd: RawFd },
+    #[error("file descriptor {fd} is {what}, not an eventfd; make one with EventFd() or os.eventfd(0)")]
+    NotEventFd { fd: RawFd, what: String },
+    #[error(
+        "file descriptor {fd} is an eventfd in semaphore mode, of which a kernel reads one signal at a time; \
+         make it without EFD_SEMAPHORE"
+    )]
+    Semaphore { fd: RawFd },
+    #[error("file descriptor {fd}: {error}")]
+    Io { fd: RawFd, error: io::Error },
+}
+
+impl EventFd {
+    pub fn new() -> io::Result<Self> {
+        let inner = SysEventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self::own(inner, false))
+    }
+
+    /// Duplicates a caller's eventfd, once it is seen to be one that an irqfd can use.
+    pub fn adopt(fd: RawFd) -> Result<Self, AdoptError> {
+        let own = descriptor::duplicate(fd).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBADF) => AdoptError::NotOpen { fd },
+            _ => AdoptError::Io { fd, error },
+        })?;
+        // SAFETY: the duplicate was just made and belongs to nobody else.
+        let event = Self::own(unsafe { SysEventFd::from_raw_fd(own) }, true);
+        let info = event.info().map_err(|error| AdoptError::Io { fd, error })?;
+        if info.field("eventfd-count").is_none() {
+            let what = descriptor::link(own).unwrap_or_else(|_| "another kind of file".into());
+            return Err(AdoptError::NotEventFd { fd, what });
+        }
+        // The field is there since Linux 6.5; before, semaphore mode can't be told.
+        if info.field("eventfd-semaphore") == Some(1) {
+            return Err(AdoptError::Semaphore { fd });
+        }
+        Ok(event)
+    }
+
+    fn own(inner: SysEventFd, foreign: bool) -> Self {
+        Self { inner: ManuallyDrop::new(inner), users: AtomicU32::new(0), foreign, id: OnceLock::new() }
+    }
+
+    fn info(&self) -> io::Result<Info> {
+        std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd())).map(Info)
+    }
+
+    /// The kernel's number for this eventfd, the same for every duplicate; `None` before Linux 5.2.
+    pub fn id(&self) -> io::Result<Option<u64>> {
+        if let Some(id) = self.id.get() {
+            return Ok(*id);
+        }
+        let id = self.info()?.field("eventfd-id");
+        Ok(*self.id.get_or_init(|| id))
+    }
+
+    /// Whether the other is a duplicate of this one.
+    pub fn is_same(&self, other: &Self) -> io::Result<bool> {
+        Ok(match (self.id()?, other.id()?) {
+            (Some(this), Some(other)) => this == other,
+            _ => descriptor::same_file(self.as_raw_fd(), other.as_raw_fd()) == Some(true),
+        })
+    }
+
+    /// Runs `action` on the descriptor unless it is closed, and keeps it from being closed meanwhile.
+    fn using<T>(&self, action: impl FnOnce(RawFd) -> io::Result<T>) -> io::Result<T> {
+        let before = self.users.fetch_add(1, Ordering::Acquire);
+        let result = if before & CLOSED == 0 {
+            action(self.inner.as_raw_fd())
+        } else {
+            Err(io::Error::from_raw_os_error(libc::EBADF))
+        };
+        if self.users.fetch_sub(1, Ordering::Release) == CLOSED | 1 {
+            self.give_up();
+        }
+        result
+    }
+
+    /// Closes the descriptor once, if nobody uses it: whoever leaves later will.
+    fn give_up(&self) {
+        let gone = self.users.compare_exchange(CLOSED, CLOSED | GONE, Ordering::Acquire, Ordering::Relaxed);
+        if gone.is_ok() {
+            descriptor::close(self.inner.as_raw_fd());
+        }
+    }
+
+    /// Gives up the descriptor, now or when the last thread that uses it is done.
+    pub fn close(&self) {
+        self.users.fetch_or(CLOSED, Ordering::AcqRel);
+        self.give_up();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.users.load(Ordering::Relaxed) & CLOSED != 0
+    }
+
+    /// Whether `signal` could block: only on a caller's eventfd in blocking mode.
+    pub fn may_block(&self) -> bool {
+        self.foreign
+    }
+
+    /// Adds `n` to the counter. A counter too full to take it stays as it is: something is pending then,
+    /// which is all that a kernel looks at. Does not wait for room, even in blocking mode.
+    pub fn signal(&self, n: u64) -> io::Result<()> {
+        self.using(|fd| {
+            if self.foreign && !ready(fd, libc::POLLOUT)? {
+                return Ok(());
+            }
+            // SAFETY: eight bytes of a live value.
+            let written = unsafe { libc::write(fd, (&raw const n).cast(), size_of::<u64>()) };
+            if written == size_of::<u64>() as isize {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::WouldBlock { Ok(()) } else { Err(error) }
+        })
+    }
+
+    /// Takes what is pending out of the counter; 0 if nothing is. Never waits: RWF_NOWAIT, whatever mode the
+    /// file is in.
+    pub fn consume(&self) -> io::Result<u64> {
+        self.using(|fd| {
+            let mut count = 0u64;
+            let into = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: size_of::<u64>() };
+            // SAFETY: one buffer of eight bytes, which lives across the call.
+            let read = unsafe { libc::preadv2(fd, &into, 1, -1, libc::RWF_NOWAIT) };
+            if read >= 0 {
+                return Ok(count);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::WouldBlock { Ok(0) } else { Err(error) }
+        })
+    }
+
+    /// Whether the counter is not 0.
+    pub fn is_readable(&self) -> io::Result<bool> {
+        self.using(|fd| ready(fd, libc::POLLIN))
+    }
+}
+
+fn ready(fd: RawFd, events: libc::c_short) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one pollfd, which lives across the call; a timeout of 0 does not wait.
+    if unsafe { libc::poll(&mut poll, 1, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if poll.revents & libc::POLLNVAL != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    Ok(poll.revents & events != 0)
+}
+
+impl AsRawFd for EventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.inner.as_raw_fd()
+    }
+}
+
+impl AsRef<SysEventFd> for EventFd {
+    fn as_ref(&self) -> &SysEventFd {
+        &self.inner
+    }
+}
+
+impl Drop for EventFd {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The text of /proc/self/fdinfo/N (proc_pid_fdinfo(5)): a name, a colon and a value a line.
+struct Info(String);
+
+impl Info {
+    fn field(&self, name: &str) -> Option<u64> {
+        let (_, value) = self.0.lines().filter_map(|line| line.split_once(':')).find(|(key, _)| *key == name)?;
+        // The counter is printed in hexadecimal, the others in decimal; only its presence matters.
+        let value = value.trim();
+        if name == "eventfd-count" { u64::from_str_radix(value, 16).ok() } else { value.parse().ok() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(flags: i32) -> RawFd {
+        // SAFETY: makes a descriptor.
+        let fd = unsafe { libc::eventfd(0, flags) };
+        assert!(fd >= 0);
+        fd
+    }
+
+    #[test]
+    fn what_is_signalled_is_consumed_once() {
+        let event = EventFd::new().unwrap();
+        assert_eq!(event.consume().unwrap(), 0);
+        event.signal(1).unwrap();
+        event.signal(2).unwrap();
+        assert!(event.is_readable().unwrap());
+        assert_eq!(event.consume().unwrap(), 3);
+        assert!(!event.is_readable().unwrap());
+    }
+
+    #[test]
+    fn a_blocking_eventfd_blocks_neither_signal_nor_consume() {
+        let fd = raw(0);
+        let event = EventFd::adopt(fd).unwrap();
+        assert_eq!(event.consume().unwrap(), 0);
+        event.signal(u64::MAX - 1).unwrap();
+        event.signal(1).unwrap();
+        assert_eq!(event.consume().unwrap(), u64::MAX - 1);
+        descriptor::close(fd);
+    }
+
+    #[test]
+    fn signalling_a_full_counter_succeeds() {
+        let event = EventFd::new().unwrap();
+        event.signal(u64::MAX - 1).unwrap();
+        event.signal(1).unwrap();
+        assert_eq!(event.consume().unwrap(), u64::MAX - 1);
+    }
+
+    #[test]
+    fn a_semaphore_a_pipe_and_a_closed_number_are_refused() {
+        let semaphore = raw(libc::EFD_SEMAPHORE);
+        assert!(matches!(EventFd::adopt(semaphore), Err(AdoptError::Semaphore { .. })));
+        descriptor::close(semaphore);
+        assert!(matches!(EventFd::adopt(semaphore), Err(AdoptError::NotOpen { .. })));
+        let file = std::fs::File::open("/dev/null").unwrap();
+        match EventFd::adopt(file.as_raw_fd()) {
+            Err(AdoptError::NotEventFd { what, .. }) => assert_eq!(what, "/dev/null"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn duplicates_have_one_id() {
+        let event = EventFd::new().unwrap();
+        let twin = EventFd::adopt(event.as_raw_fd()).unwrap();
+        assert_eq!(event.id().unwrap(), twin.id().unwrap());
+        assert_ne!(event.id().unwrap(), EventFd::new().unwrap().id().unwrap());
+    }
+
+    #[test]
+    fn a_closed_event_gives_ebadf_and_closing_twice_closes_once() {
+        let event = EventFd::new().unwrap();
+        event.close();
+        let taken = descriptor::duplicate(0).unwrap();
+        event.close();
+        assert!(descriptor::link(taken).is_ok());
+        assert_eq!(event.signal(1).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        assert_eq!(event.consume().unwrap_err().raw_os_error(), Some(libc::EBADF));
+        descriptor::close(taken);
+    }
+
+    #[test]
+    fn closing_while_others_signal_gives_the_descriptor_up_once_and_for_all() {
+        for _ in 0..200 {
+            let event = EventFd::new().unwrap();
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| while event.signal(1).is_ok() {});
+                }
+                event.close();
+            });
+            assert_eq!(event.users.load(Ordering::Relaxed), CLOSED | GONE);
+        }
+    }
+}

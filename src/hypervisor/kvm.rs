@@ -1,0 +1,248 @@
+//! KVM with its in-kernel interrupt controllers, `/dev/kvm`.
+
+use std::ffi::CString;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVMIO, kvm_irq_routing, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irqchip, kvm_lapic_state,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ptr;
+
+use super::event::EventFd;
+use super::table::Table;
+use super::{CallError, CallResult, Hypervisor, Interrupt, Operation, RawMsi, descriptor};
+
+vmm_sys_util::ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, kvm_irq_routing);
+
+/// The device node of KVM.
+pub const DEVICE: &str = "/dev/kvm";
+
+/// What /proc calls the file of a VM.
+pub const LINK: &str = "anon_inode:kvm-vm";
+
+/// GSIs below this are the pins of the IOAPIC.
+pub const PIN_GSIS: u32 = 24;
+
+/// Table entries for the pins: 16 of the two PICs, 24 of the IOAPIC.
+pub const PIN_ENTRIES: usize = 40;
+
+/// Offsets in the local APIC's register page (Intel SDM volume 3, "Local APIC Register Address Map").
+const SPURIOUS_VECTOR: usize = 0xF0;
+const INTERRUPT_REQUEST: usize = 0x200;
+/// Software-enabled, spurious vector 0xFF: a disabled local APIC takes no interrupt.
+const ENABLED: u32 = 0x1FF;
+
+/// A VM of KVM.
+pub struct KvmPartition {
+    vm: Option<VmFd>,
+    vcpus: Arc<KvmVcpus>,
+    table: Table<kvm_irq_routing_entry>,
+}
+
+/// The virtual CPUs, whose local APICs tell what has arrived while nothing runs them.
+#[derive(Default)]
+pub struct KvmVcpus(Mutex<Vec<VcpuFd>>);
+
+fn failed(operation: Operation, call: &'static str, error: kvm_ioctls::Error) -> CallError {
+    CallError::new(operation, call, error.errno())
+}
+
+fn open_device(device: &Path) -> CallResult<Kvm> {
+    let path = CString::new(device.as_os_str().as_bytes())
+        .map_err(|_| CallError::new(Operation::Open, "open", libc::EINVAL))?;
+    let kvm = Kvm::new_with_path(path).map_err(|error| failed(Operation::Open, "open", error))?;
+    match kvm.get_api_version() {
+        -1 => Err(CallError::last(Operation::Open, "KVM_GET_API_VERSION")),
+        version if version as u32 == KVM_API_VERSION => Ok(kvm),
+        _ => Err(CallError::new(Operation::Open, "KVM_GET_API_VERSION", libc::ENOTTY)),
+    }
+}
+
+impl KvmPartition {
+    /// Makes a VM with its interrupt controllers in the kernel.
+    pub fn open(device: &Path) -> CallResult<Self> {
+        let kvm = open_device(device)?;
+        let vm = kvm.create_vm().map_err(|error| failed(Operation::Open, "KVM_CREATE_VM", error))?;
+        vm.create_irq_chip().map_err(|error| failed(Operation::Open, "KVM_CREATE_IRQCHIP", error))?;
+        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&pins()) })
+    }
+
+    /// Stands on a duplicate of a VM's descriptor. `keep` stays in every table pushed, and so do the pins of
+    /// interrupt controllers that are in the kernel. `device` is asked for the size of a vCPU's run area.
+    pub fn adopt(device: &Path, fd: RawFd, keep: &[(u32, RawMsi)]) -> CallResult<Self> {
+        let kvm = open_device(device)?;
+        let own = descriptor::duplicate(fd).map_err(|error| {
+            CallError::new(Operation::Open, "fcntl (F_DUPFD_CLOEXEC)", error.raw_os_error().unwrap_or(libc::EBADF))
+        })?;
+        // SAFETY: the duplicate belongs to nobody else; the caller has seen that it is a VM.
+        let vm = unsafe { kvm.create_vmfd_from_rawfd(own) }.map_err(|error| {
+            descriptor::close(own);
+            failed(Operation::Open, "KVM_GET_VCPU_MMAP_SIZE", error)
+        })?;
+        // A VM whose controllers are in user space ("split irqchip") has no pins in its table.
+        let mut fixed = match vm.get_irqchip(&mut kvm_irqchip::default()) {
+            Ok(()) => pins(),
+            Err(_) => Vec::new(),
+        };
+        fixed.extend(keep.iter().map(|(gsi, msi)| msi_entry(*gsi, *msi)));
+        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&fixed) })
+    }
+
+    /// The virtual CPUs made here, to see what arrived.
+    pub fn vcpus(&self) -> Arc<KvmVcpus> {
+        Arc::clone(&self.vcpus)
+    }
+
+    fn vm(&self, operation: Operation, call: &'static str) -> CallResult<&VmFd> {
+        self.vm.as_ref().ok_or(CallError::new(operation, call, libc::EBADF))
+    }
+}
+
+/// The entries that KVM makes for an irqchip (arch/x86/kvm/irq.c, `default_routing`).
+fn pins() -> Vec<kvm_irq_routing_entry> {
+    let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
+        ..Default::default()
+    };
+    (0..PIN_GSIS)
+        .flat_map(|gsi| {
+            let pic = match gsi {
+                0..8 => Some(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
+                8..16 => Some(pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
+                _ => None,
+            };
+            pic.into_iter().chain([pin(gsi, KVM_IRQCHIP_IOAPIC, gsi)])
+        })
+        .collect()
+}
+
+fn msi_entry(gsi: u32, msi: RawMsi) -> kvm_irq_routing_entry {
+    // All 32 bytes of the union go to the kernel, so all are set.
+    let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
+    u.msi = kvm_irq_routing_msi { address_lo: msi.address, address_hi: 0, data: msi.data, ..Default::default() };
+    kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
+}
+
+impl Hypervisor for KvmPartition {
+    fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
+        self.table.set(gsi, msi_entry(gsi, msi));
+    }
+
+    fn drop_entry(&mut self, gsi: u32) {
+        self.table.drop(gsi);
+    }
+
+    fn push(&mut self) -> CallResult<usize> {
+        const CALL: &str = "KVM_SET_GSI_ROUTING";
+        let vm = self.vm(Operation::SetMsiRouting, CALL)?;
+        // SAFETY: the table has the layout of `kvm_irq_routing` and as many entries as its header says.
+        match unsafe { ioctl_with_ptr(vm, KVM_SET_GSI_ROUTING(), self.table.as_ptr()) } {
+            0 => Ok(self.table.len()),
+            _ => Err(CallError::last(Operation::SetMsiRouting, CALL)),
+        }
+    }
+
+    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        const CALL: &str = "KVM_IRQFD";
+        let vm = self.vm(Operation::AssignIrqfd, CALL)?;
+        let failed = |error| failed(Operation::AssignIrqfd, CALL, error);
+        vm.register_irqfd(event.as_ref().as_ref(), gsi).map_err(failed)?;
+        super::drain_assigned(event, || vm.unregister_irqfd(event.as_ref().as_ref(), gsi).map_err(failed))
+    }
+
+    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        const CALL: &str = "KVM_IRQFD (deassign)";
+        self.vm(Operation::DeassignIrqfd, CALL)?
+            .unregister_irqfd(event.as_ref().as_ref(), gsi)
+            .map_err(|error| failed(Operation::DeassignIrqfd, CALL, error))
+    }
+
+    fn create_vp(&mut self, index: u8) -> CallResult {
+        let failed = |call| move |error| failed(Operation::CreateVp, call, error);
+        let vm = self.vm(Operation::CreateVp, "KVM_CREATE_VCPU")?;
+        let vcpu = vm.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))?;
+        let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        set_register(&mut lapic, SPURIOUS_VECTOR, ENABLED);
+        vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
+        self.vcpus.lock().push(vcpu);
+        Ok(())
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        self.vm.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
+
+impl fmt::Debug for KvmPartition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KvmPartition").field("fd", &self.fd()).field("entries", &self.table.len()).finish()
+    }
+}
+
+impl Drop for KvmPartition {
+    fn drop(&mut self) {
+        self.vm.take().into_iter().for_each(descriptor::drop_if_open);
+    }
+}
+
+impl KvmVcpus {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<VcpuFd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads and clears the interrupt request registers. A register is read, cleared and written back in
+    /// two ioctls: what arrives between them is lost to the reader, so signallers must be at rest.
+    pub fn take_interrupts(&self) -> io::Result<Vec<Interrupt>> {
+        let mut taken = Vec::new();
+        for vcpu in self.lock().iter() {
+            let mut lapic = vcpu.get_lapic().map_err(io::Error::from)?;
+            let before = taken.len();
+            for at in 0..8 {
+                let offset = INTERRUPT_REQUEST + 16 * at;
+                let bits = register(&lapic, offset);
+                taken.extend(
+                    (0..32)
+                        .filter(|bit| bits & 1 << bit != 0)
+                        .map(|bit| Interrupt { vector: (32 * at + bit) as u8, target: None }),
+                );
+                set_register(&mut lapic, offset, 0);
+            }
+            if taken.len() != before {
+                vcpu.set_lapic(&lapic).map_err(io::Error::from)?;
+            }
+        }
+        Ok(taken)
+    }
+}
+
+impl fmt::Debug for KvmVcpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KvmVcpus").finish_non_exhaustive()
+    }
+}
+
+impl Drop for KvmVcpus {
+    fn drop(&mut self) {
+        self.lock().drain(..).for_each(descriptor::drop_if_open);
+    }
+}
+
+fn register(lapic: &kvm_lapic_state, offset: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|at| lapic.regs[offset + at] as u8))
+}
+
+fn set_register(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
+    for (at, byte) in value.to_le_bytes().into_iter().enumerate() {
+        lapic.regs[offset + at] = byte as _;
+    }
+}

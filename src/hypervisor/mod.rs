@@ -1,0 +1,200 @@
+//! The kernels that can hold a routing table and irqfds, each behind [`Hypervisor`].
+//!
+//! Everything that is `unsafe` lives below this module. What a caller may rely on is said here, once;
+//! what each kernel does with it is said in its own file.
+
+pub mod descriptor;
+pub mod event;
+pub mod kvm;
+pub mod mshv;
+pub mod owner;
+pub mod simulated;
+mod table;
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use event::EventFd;
+
+/// Both kernels take GSIs below this (`MSHV_MAX_GUEST_IRQS`, `KVM_MAX_IRQ_ROUTES`).
+pub const MAX_GSIS: u32 = 4096;
+
+/// The address and data of a message-signalled interrupt as a routing table holds them.
+///
+/// Both kernels keep 32 address bits here: the upper half of an MSI address is 0 on x86.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RawMsi {
+    pub address: u32,
+    pub data: u32,
+}
+
+impl fmt::Debug for RawMsi {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MSI {:#010x}/{:#06x}", self.address, self.data)
+    }
+}
+
+/// What a guest is asked to take. KVM's local APIC can be asked for the vector only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupt {
+    pub vector: u8,
+    pub target: Option<Target>,
+}
+
+/// Where and how an interrupt goes, decoded from an MSI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    pub destination: u8,
+    pub delivery_mode: u8,
+    pub logical: bool,
+    pub level: bool,
+}
+
+impl Interrupt {
+    /// Decodes as `mshv_copy_girq_info()` of the mshv driver does (drivers/hv/mshv_irq.c), which looks at
+    /// no other bit of address and data; Intel SDM volume 3, "Message Signalled Interrupts" gives the fields.
+    pub fn decode(msi: RawMsi) -> Self {
+        Self { vector: msi.data as u8, target: Some(Target::decode(msi)) }
+    }
+}
+
+impl Target {
+    pub fn decode(msi: RawMsi) -> Self {
+        Self {
+            destination: (msi.address >> 12) as u8,
+            delivery_mode: (msi.data >> 8 & 7) as u8,
+            logical: msi.address & 1 << 2 != 0,
+            level: msi.data & 1 << 15 != 0,
+        }
+    }
+}
+
+/// The calls into a kernel that can fail, by the names their documentation uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operation {
+    SetMsiRouting,
+    AssignIrqfd,
+    DeassignIrqfd,
+    CreateVp,
+    Open,
+    Event,
+}
+
+/// A call that the kernel refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{call}: {}", std::io::Error::from_raw_os_error(*errno))]
+pub struct CallError {
+    pub operation: Operation,
+    /// The ioctl or system call, as its manual names it.
+    pub call: &'static str,
+    pub errno: i32,
+}
+
+impl CallError {
+    pub fn new(operation: Operation, call: &'static str, errno: i32) -> Self {
+        Self { operation, call, errno }
+    }
+
+    /// The error that the system call just made has left in `errno`.
+    pub fn last(operation: Operation, call: &'static str) -> Self {
+        let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        Self::new(operation, call, errno)
+    }
+}
+
+pub type CallResult<T = ()> = Result<T, CallError>;
+
+/// Which kernel interface a partition stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backend {
+    Mshv,
+    Kvm,
+    Simulated,
+}
+
+impl Backend {
+    pub const ALL: [Self; 3] = [Self::Mshv, Self::Kvm, Self::Simulated];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mshv => "mshv",
+            Self::Kvm => "kvm",
+            Self::Simulated => "simulated",
+        }
+    }
+
+    /// GSIs that an MSI route may have. KVM's first 24 are the IOAPIC's pins, which an MSI can't share.
+    pub fn allowed_gsis(self) -> Range<u32> {
+        match self {
+            Self::Kvm => kvm::PIN_GSIS..MAX_GSIS,
+            Self::Mshv | Self::Simulated => 0..MAX_GSIS,
+        }
+    }
+
+    /// How many MSI entries fit in one table.
+    pub fn max_entries(self) -> usize {
+        match self {
+            Self::Kvm => MAX_GSIS as usize - kvm::PIN_ENTRIES,
+            Self::Mshv | Self::Simulated => MAX_GSIS as usize,
+        }
+    }
+
+    /// Whether a push needs all irqfds disarmed around it. The mshv driver rewrites the decoded route of
+    /// every armed irqfd without protection from its wake-up handler, so that a signal meanwhile becomes
+    /// vector 0 (drivers/hv/mshv_eventfd.c, `mshv_irqfd_wakeup`); KVM uses its seqcount properly.
+    pub fn needs_quiesced_push(self) -> bool {
+        !matches!(self, Self::Kvm)
+    }
+
+    /// Whether physical destination 0xFF (all processors) is safe. On the root scheduler the mshv driver
+    /// takes it for the index of one VP (`mshv_try_assert_irq_fast`), which does not exist.
+    pub fn takes_broadcast(self) -> bool {
+        matches!(self, Self::Kvm)
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One partition of one kernel: its routing table, its irqfds, its virtual processors.
+///
+/// The implementation owns an image of the table and changes it in place: `set_entry` and `drop_entry` touch
+/// memory only and take constant time, `push` is one ioctl that makes the image the kernel's table. A push
+/// that fails leaves the kernel's table as it was.
+///
+/// The caller keeps the promises that the kernels need: an irqfd is assigned only while the kernel's table
+/// has an entry for its GSI, and an event is assigned to one GSI at a time. Implementations do not check.
+///
+/// `assign` asks for one interrupt if signals were pending, and on return the event's counter holds none of
+/// the signals that this interrupt stands for. After `deassign` signals stay in the event's counter.
+/// Either may be called for an event whose descriptor was closed behind our back: that is an error (EBADF).
+pub trait Hypervisor: Send + fmt::Debug {
+    fn set_entry(&mut self, gsi: u32, msi: RawMsi);
+    fn drop_entry(&mut self, gsi: u32);
+    /// Returns the number of entries pushed.
+    fn push(&mut self) -> CallResult<usize>;
+    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
+    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
+    /// Creates the virtual processor with this index, which is also its APIC id.
+    fn create_vp(&mut self, index: u8) -> CallResult;
+    /// The partition's own descriptor, where it has one.
+    fn fd(&self) -> Option<RawFd>;
+}
+
+/// Takes out of the counter what `assign` has just answered with one interrupt, which both kernels leave
+/// there. A signal that comes now is not taken with it: the kernel's own handler empties the counter under
+/// the eventfd's lock before the signaller's write returns. Undoes the assignment if the counter can't be read.
+fn drain_assigned(event: &EventFd, undo: impl FnOnce() -> CallResult) -> CallResult {
+    match event.consume() {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            undo()?;
+            Err(CallError::new(Operation::Event, "preadv2", error.raw_os_error().unwrap_or(libc::EIO)))
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The Microsoft Hypervisor's root partition driver, `/dev/mshv`.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use mshv_bindings::{
+    MSHV_IRQFD_BIT_DEASSIGN, MSHV_PT_BIT_LAPIC, MSHV_PT_BIT_X2APIC, mshv_create_partition_v2, mshv_user_irq_entry,
+    mshv_user_irqfd,
+};
+use mshv_ioctls::{MSHV_IRQFD, MSHV_SET_MSI_ROUTING, Mshv, MshvError, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
+
+use super::event::EventFd;
+use super::table::Table;
+use super::{CallError, CallResult, Hypervisor, Operation, RawMsi, descriptor};
+
+/// The device node of the driver.
+pub const DEVICE: &str = "/dev/mshv";
+
+/// What /proc calls the file of a partition.
+pub const LINK: &str = "anon_inode:mshv_partition";
+
+enum Vm {
+    /// Made here: dropped with its partition's last descriptor, unless that was closed behind our back.
+    Made { vm: Option<VmFd>, vps: Vec<VcpuFd> },
+    /// A duplicate of a caller's descriptor. `VmFd` can't be made from one.
+    Adopted(RawFd),
+}
+
+/// A partition of the mshv driver.
+pub struct MshvPartition {
+    vm: Vm,
+    fd: RawFd,
+    table: Table<mshv_user_irq_entry>,
+}
+
+fn failed(operation: Operation, call: &'static str, error: MshvError) -> CallError {
+    CallError::new(operation, call, error.errno())
+}
+
+impl MshvPartition {
+    /// Makes a partition. `create_vm` of the crate panics where the hypervisor refuses to tell its
+    /// properties; the bare ioctl with the driver's own defaults ("enable everything") needs none of them.
+    pub fn open(device: &Path) -> CallResult<Self> {
+        let fd = descriptor::open_device(device).map_err(|error| {
+            CallError::new(Operation::Open, "open", error.raw_os_error().unwrap_or(libc::EINVAL))
+        })?;
+        // SAFETY: the descriptor was just opened and is given away for good.
+        let mshv = unsafe { Mshv::new_with_fd_number(fd.into_raw_fd()) };
+        let arguments = mshv_create_partition_v2 {
+            pt_flags: 1 << MSHV_PT_BIT_LAPIC | 1 << MSHV_PT_BIT_X2APIC,
+            ..Default::default()
+        };
+        let vm = mshv
+            .create_vm_with_args(&arguments)
+            .map_err(|error| failed(Operation::Open, "MSHV_CREATE_PARTITION", error))?;
+        vm.initialize().map_err(|error| failed(Operation::Open, "MSHV_INITIALIZE_PARTITION", error))?;
+        let fd = vm.as_raw_fd();
+        Ok(Self { vm: Vm::Made { vm: Some(vm), vps: Vec::new() }, fd, table: Table::new(&[]) })
+    }
+
+    /// Stands on a duplicate of a partition's descriptor. `keep` stays in every table pushed.
+    pub fn adopt(fd: RawFd, keep: &[(u32, RawMsi)]) -> io::Result<Self> {
+        let fd = descriptor::duplicate(fd)?;
+        let keep: Vec<_> = keep.iter().map(|(gsi, msi)| entry(*gsi, *msi)).collect();
+        Ok(Self { vm: Vm::Adopted(fd), fd, table: Table::new(&keep) })
+    }
+
+    fn irqfd(&self, gsi: u32, event: &EventFd, flags: u32) -> Result<(), i32> {
+        let irqfd = mshv_user_irqfd { fd: event.as_raw_fd(), resamplefd: 0, gsi, flags };
+        // SAFETY: the structure that MSHV_IRQFD reads.
+        match unsafe { ioctl_with_ref(self, MSHV_IRQFD(), &irqfd) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
+        }
+    }
+}
+
+fn entry(gsi: u32, msi: RawMsi) -> mshv_user_irq_entry {
+    mshv_user_irq_entry { gsi, address_lo: msi.address, address_hi: 0, data: msi.data }
+}
+
+impl Hypervisor for MshvPartition {
+    fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
+        self.table.set(gsi, entry(gsi, msi));
+    }
+
+    fn drop_entry(&mut self, gsi: u32) {
+        self.table.drop(gsi);
+    }
+
+    fn push(&mut self) -> CallResult<usize> {
+        // SAFETY: the table has the layout of `mshv_user_irq_table` and as many entries as its header says.
+        match unsafe { ioctl_with_ptr(self, MSHV_SET_MSI_ROUTING(), self.table.as_ptr()) } {
+            0 => Ok(self.table.len()),
+            _ => Err(CallError::last(Operation::SetMsiRouting, "MSHV_SET_MSI_ROUTING")),
+        }
+    }
+
+    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        let failed = |errno| CallError::new(Operation::AssignIrqfd, "MSHV_IRQFD", errno);
+        self.irqfd(gsi, event, 0).map_err(failed)?;
+        super::drain_assigned(event, || self.irqfd(gsi, event, 1 << MSHV_IRQFD_BIT_DEASSIGN).map_err(failed))
+    }
+
+    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        self.irqfd(gsi, event, 1 << MSHV_IRQFD_BIT_DEASSIGN)
+            .map_err(|errno| CallError::new(Operation::DeassignIrqfd, "MSHV_IRQFD (deassign)", errno))
+    }
+
+    fn create_vp(&mut self, index: u8) -> CallResult {
+        match &mut self.vm {
+            Vm::Made { vm: Some(vm), vps } => {
+                let vp =
+                    vm.create_vcpu(index).map_err(|error| failed(Operation::CreateVp, "MSHV_CREATE_VP", error))?;
+                vps.push(vp);
+                Ok(())
+            }
+            _ => Err(CallError::new(Operation::CreateVp, "MSHV_CREATE_VP", libc::EPERM)),
+        }
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        Some(self.fd)
+    }
+}
+
+impl AsRawFd for MshvPartition {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd
+    }
+}
+
+impl fmt::Debug for MshvPartition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MshvPartition").field("fd", &self.fd).field("entries", &self.table.len()).finish()
+    }
+}
+
+impl Drop for MshvPartition {
+    fn drop(&mut self) {
+        match &mut self.vm {
+            Vm::Made { vm, vps } => {
+                vps.drain(..).for_each(descriptor::drop_if_open);
+                vm.take().into_iter().for_each(descriptor::drop_if_open);
+            }
+            Vm::Adopted(fd) => descriptor::close(*fd),
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Which process owns what: told without a system call, and right after every kind of fork.
+
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+/// The process that made an object. A forked child is another owner, whatever the parent's memory says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner(u64);
+
+/// Counts the processes of this line of forks; ordinary memory, so a child goes on from its parent's count
+/// and never takes a number that an object it inherited could carry.
+static LAST: AtomicU64 = AtomicU64::new(0);
+
+/// A page that the kernel wipes in a forked child (madvise(2), MADV_WIPEONFORK), so that the number in it
+/// is gone there. Unlike a pthread_atfork handler this also sees forks that bypass the C library.
+static PAGE: OnceLock<Result<&'static AtomicU64, i32>> = OnceLock::new();
+
+fn page() -> Result<&'static AtomicU64, i32> {
+    *PAGE.get_or_init(|| {
+        let errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOMEM);
+        // SAFETY: a new anonymous mapping, of one page, which is never unmapped and starts out as zeros: a
+        // valid AtomicU64 for the life of the process.
+        unsafe {
+            let size = libc::sysconf(libc::_SC_PAGESIZE) as usize;
+            let address = libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if address == libc::MAP_FAILED {
+                return Err(errno());
+            }
+            if libc::madvise(address, size, libc::MADV_WIPEONFORK) != 0 {
+                let error = errno();
+                libc::munmap(address, size);
+                return Err(error);
+            }
+            Ok(&*address.cast::<AtomicU64>())
+        }
+    })
+}
+
+impl Owner {
+    /// This process. Fails where the kernel can't tell forks apart (before Linux 4.14).
+    pub fn current() -> io::Result<Self> {
+        let page = page().map_err(io::Error::from_raw_os_error)?;
+        let known = page.load(Ordering::Acquire);
+        if known != 0 {
+            return Ok(Self(known));
+        }
+        let new = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+        match page.compare_exchange(0, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => Ok(Self(new)),
+            Err(winner) => Ok(Self(winner)),
+        }
+    }
+
+    /// Whether the calling process is this owner. One load: no system call, no lock.
+    pub fn is_current(self) -> bool {
+        page().is_ok_and(|page| page.load(Ordering::Acquire) == self.0)
+    }
+}
+
+/// A value of which each process has its own: a forked child starts with a new one instead of a copy whose
+/// locks may be held by threads that it does not have. What the parent had is left alone there.
+#[derive(Debug)]
+pub struct PerProcess<T: 'static>(AtomicPtr<(Owner, T)>);
+
+impl<T: Default + Sync> PerProcess<T> {
+    pub const fn new() -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()))
+    }
+
+    pub fn get(&self) -> io::Result<&'static T> {
+        let owner = Owner::current()?;
+        loop {
+            let current = self.0.load(Ordering::Acquire);
+            // SAFETY: null, or made by Box::leak below and never freed.
+            if let Some((of, value)) = unsafe { current.as_ref() }
+                && *of == owner
+            {
+                return Ok(value);
+            }
+            let new = Box::into_raw(Box::new((owner, T::default())));
+            if self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                // SAFETY: nobody else has seen this pointer.
+                drop(unsafe { Box::from_raw(new) });
+            }
+        }
+    }
+}
+
+impl<T: Default + Sync> Default for PerProcess<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forked_child_is_another_owner_and_the_parent_stays_what_it_was() {
+        static VALUES: PerProcess<AtomicU64> = PerProcess::new();
+        let owner = Owner::current().unwrap();
+        VALUES.get().unwrap().store(7, Ordering::Relaxed);
+        // SAFETY: the child calls nothing but atomics, a small allocation and _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let new = Owner::current();
+            let ok = !owner.is_current()
+                && new.is_ok_and(|new| new != owner && new.is_current())
+                && VALUES.get().is_ok_and(|value| value.load(Ordering::Relaxed) == 0);
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { libc::_exit(if ok { 0 } else { 1 }) };
+        }
+        let mut status = -1;
+        // SAFETY: waits for the child made above.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+        assert!(owner.is_current());
+        assert_eq!(VALUES.get().unwrap().load(Ordering::Relaxed), 7);
+    }
+}

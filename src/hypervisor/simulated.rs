@@ -1,0 +1,499 @@
+//! A kernel in this process, with the tables and the habits of the mshv driver and no privileges.
+//!
+//! Eventfds are real ones, watched by one thread a partition. What the driver does with a table, an irqfd
+//! and a signal is done here as its sources do it (drivers/hv/mshv_irq.c, mshv_eventfd.c), errors and flaws
+//! included, so that a caller who would hurt a real guest is seen doing so. Two things differ: delivery is
+//! the thread's, so a signal is an interrupt a moment after its write (`settle` waits for that), and signals
+//! that come faster than the thread reads them become one interrupt, as an eventfd counts them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mshv_bindings::mshv_user_irq_entry;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::event::EventFd;
+use super::owner::Owner;
+use super::table::Table;
+use super::{CallError, CallResult, Hypervisor, Interrupt, MAX_GSIS, Operation, RawMsi, descriptor};
+
+/// A partition of the simulated kernel.
+pub struct SimulatedPartition {
+    owner: Owner,
+    driver: Arc<Driver>,
+    table: Table<mshv_user_irq_entry>,
+    stop: EventFd,
+    watcher: Option<JoinHandle<()>>,
+}
+
+/// What the kernel keeps of a partition: shared by the partition, its watching thread and its observers.
+pub struct Driver {
+    epoll: Epoll,
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// By GSI, up to the highest one routed.
+    table: Vec<Option<RawMsi>>,
+    irqfds: BTreeMap<Key, Irqfd>,
+    interrupts: VecDeque<Interrupt>,
+    faults: Vec<Fault>,
+}
+
+/// Which eventfd an irqfd listens to: the address of a value that the irqfd keeps alive.
+type Key = u64;
+
+/// The key of the eventfd that ends the thread. No value has this address.
+const STOP: Key = 0;
+
+struct Irqfd {
+    event: Arc<EventFd>,
+    gsi: u32,
+}
+
+struct Fault {
+    operation: Operation,
+    errno: i32,
+    after: u32,
+    times: u32,
+}
+
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+impl SimulatedPartition {
+    pub fn open() -> CallResult<Self> {
+        let failed = |call| move |error| CallError::new(Operation::Open, call, errno(&error));
+        let driver = Arc::new(Driver {
+            epoll: Epoll::new().map_err(failed("epoll_create1"))?,
+            state: Mutex::default(),
+            arrived: Condvar::new(),
+        });
+        let stop = EventFd::new().map_err(failed("eventfd2"))?;
+        driver
+            .epoll
+            .ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))
+            .map_err(failed("epoll_ctl"))?;
+        let watched = Arc::clone(&driver);
+        let watcher = std::thread::Builder::new()
+            .name("mshv_irqfd-sim".into())
+            .spawn(move || watched.watch())
+            .map_err(failed("pthread_create"))?;
+        let owner = Owner::current().map_err(failed("madvise"))?;
+        Ok(Self { owner, driver, table: Table::new(&[]), stop, watcher: Some(watcher) })
+    }
+
+    /// What a test or a demonstration looks at.
+    pub fn driver(&self) -> Arc<Driver> {
+        Arc::clone(&self.driver)
+    }
+}
+
+impl Hypervisor for SimulatedPartition {
+    fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
+        let entry = mshv_user_irq_entry { gsi, address_lo: msi.address, address_hi: 0, data: msi.data };
+        self.table.set(gsi, entry);
+    }
+
+    fn drop_entry(&mut self, gsi: u32) {
+        self.table.drop(gsi);
+    }
+
+    fn push(&mut self) -> CallResult<usize> {
+        self.driver.set_msi_routing(self.table.entries())?;
+        Ok(self.table.len())
+    }
+
+    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        self.driver.assign_irqfd(gsi, event)
+    }
+
+    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        self.driver.deassign_irqfd(gsi, event)
+    }
+
+    fn create_vp(&mut self, _: u8) -> CallResult {
+        Ok(())
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        None
+    }
+}
+
+impl Driver {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// MSHV_SET_MSI_ROUTING: `mshv_update_routing_table()`.
+    fn set_msi_routing(&self, entries: &[mshv_user_irq_entry]) -> CallResult {
+        let failed = |errno| CallError::new(Operation::SetMsiRouting, "simulated MSHV_SET_MSI_ROUTING", errno);
+        let mut state = self.lock();
+        state.fault(Operation::SetMsiRouting).map_err(failed)?;
+        if entries.iter().any(|entry| entry.gsi >= MAX_GSIS || entry.address_hi != 0) {
+            return Err(failed(libc::EINVAL));
+        }
+        let size = entries.iter().map(|entry| entry.gsi as usize + 1).max().unwrap_or(0);
+        let mut table = vec![None; size];
+        for entry in entries {
+            let msi = RawMsi { address: entry.address_lo, data: entry.data };
+            if table[entry.gsi as usize].replace(msi).is_some() {
+                return Err(failed(libc::EINVAL));
+            }
+        }
+        state.table = table;
+        Ok(())
+    }
+
+    /// MSHV_IRQFD: `mshv_irqfd_assign()`, which does not look at the table or at the GSI. What is pending is
+    /// taken out of the counter here, under the lock that the watching thread takes to read it.
+    fn assign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        let failed = |errno| CallError::new(Operation::AssignIrqfd, "simulated MSHV_IRQFD", errno);
+        let key = Arc::as_ptr(event) as Key;
+        let mut state = self.lock();
+        state.fault(Operation::AssignIrqfd).map_err(failed)?;
+        if event.is_closed() {
+            return Err(failed(libc::EBADF));
+        }
+        if state.irqfds.contains_key(&key) {
+            return Err(failed(libc::EBUSY));
+        }
+        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, key);
+        self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).map_err(|error| {
+            // The driver's word for a file that is no eventfd; epoll's is EPERM.
+            failed(if errno(&error) == libc::EPERM { libc::EINVAL } else { errno(&error) })
+        })?;
+        match event.consume() {
+            Ok(pending) => {
+                state.irqfds.insert(key, Irqfd { event: Arc::clone(event), gsi });
+                if pending != 0 {
+                    state.inject(gsi);
+                    self.arrived.notify_all();
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.forget(event);
+                Err(failed(if errno(&error) == libc::EBADF { libc::EBADF } else { libc::EINVAL }))
+            }
+        }
+    }
+
+    /// MSHV_IRQFD with the deassign bit: `mshv_irqfd_deassign()`. A pair that is not assigned is no error.
+    /// What was signalled while armed is delivered first, as the driver's handler had done at once.
+    fn deassign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        let failed = |errno| CallError::new(Operation::DeassignIrqfd, "simulated MSHV_IRQFD (deassign)", errno);
+        let key = Arc::as_ptr(event) as Key;
+        let mut state = self.lock();
+        state.fault(Operation::DeassignIrqfd).map_err(failed)?;
+        if state.irqfds.get(&key).is_none_or(|irqfd| irqfd.gsi != gsi) {
+            return Ok(());
+        }
+        state.deliver(key).map_err(|error| failed(errno(&error)))?;
+        self.arrived.notify_all();
+        self.forget(event);
+        state.irqfds.remove(&key);
+        Ok(())
+    }
+
+    /// Takes an eventfd out of the watched set. One that was closed behind our back has left it by itself.
+    fn forget(&self, event: &EventFd) {
+        let _gone = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
+    }
+
+    fn watch(&self) {
+        let mut events = [EpollEvent::default(); 64];
+        loop {
+            let ready = match self.epoll.wait(-1, &mut events) {
+                Ok(ready) => ready,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // The set itself was closed behind our back: nothing is left to watch.
+                Err(_) => return,
+            };
+            let mut state = self.lock();
+            for event in &events[..ready] {
+                if event.data() == STOP {
+                    return;
+                }
+                // Closed while armed: as with the driver, the irqfd is gone with the eventfd.
+                if state.deliver(event.data()).is_err() {
+                    state.irqfds.remove(&event.data());
+                }
+            }
+            drop(state);
+            self.arrived.notify_all();
+        }
+    }
+
+    /// Returns when every signal written before the call is delivered.
+    pub fn settle(&self) {
+        let mut state = self.lock();
+        let keys: Vec<_> = state.irqfds.keys().copied().collect();
+        for key in keys {
+            if state.deliver(key).is_err() {
+                state.irqfds.remove(&key);
+            }
+        }
+        self.arrived.notify_all();
+    }
+
+    /// Takes what has arrived, after waiting for something to arrive for as long as `timeout`.
+    pub fn take_interrupts(&self, timeout: Duration) -> Vec<Interrupt> {
+        let state = self.lock();
+        let (mut state, _) = self
+            .arrived
+            .wait_timeout_while(state, timeout, |state| state.interrupts.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        state.interrupts.drain(..).collect()
+    }
+
+    /// Makes `times` calls of a kind fail with `errno`, after letting `after` of them through. Faults of one
+    /// kind are used up in the order in which they were asked for.
+    pub fn fail(&self, operation: Operation, errno: i32, after: u32, times: u32) {
+        self.lock().faults.push(Fault { operation, errno, after, times });
+    }
+}
+
+impl State {
+    fn fault(&mut self, operation: Operation) -> Result<(), i32> {
+        self.faults.retain(|fault| fault.times > 0);
+        let Some(fault) = self.faults.iter_mut().find(|fault| fault.operation == operation) else {
+            return Ok(());
+        };
+        if fault.after > 0 {
+            fault.after -= 1;
+            return Ok(());
+        }
+        fault.times -= 1;
+        Err(fault.errno)
+    }
+
+    /// `mshv_irqfd_wakeup()`: empties the counter, whatever the table says, and then injects.
+    fn deliver(&mut self, key: Key) -> io::Result<()> {
+        let Some(irqfd) = self.irqfds.get(&key) else {
+            return Ok(());
+        };
+        if irqfd.event.consume()? != 0 {
+            let gsi = irqfd.gsi;
+            self.inject(gsi);
+        }
+        Ok(())
+    }
+
+    /// `mshv_assert_irq_slow()`: an entry is looked at for validity only if its GSI is not 0, and a slot of the
+    /// table that no entry was written to is all zeros.
+    fn inject(&mut self, gsi: u32) {
+        const ZEROS: RawMsi = RawMsi { address: 0, data: 0 };
+        let msi = match self.table.get(gsi as usize) {
+            Some(entry) => entry.unwrap_or(ZEROS),
+            None if gsi == 0 => ZEROS,
+            None => return,
+        };
+        self.interrupts.push_back(Interrupt::decode(msi));
+    }
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SimulatedPartition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimulatedPartition").field("entries", &self.table.len()).finish()
+    }
+}
+
+impl Drop for SimulatedPartition {
+    fn drop(&mut self) {
+        let watcher = self.watcher.take();
+        if !self.owner.is_current() {
+            // The thread is the parent's, and so is what the shared eventfd would tell it. Its share of the
+            // driver will never be dropped here, so the one descriptor in it is closed by hand.
+            std::mem::forget((watcher, Arc::clone(&self.driver)));
+            descriptor::close(self.driver.epoll.as_raw_fd());
+            return;
+        }
+        if self.stop.signal(1).is_ok()
+            && let Some(watcher) = watcher
+        {
+            // A panic of the thread has been reported where it happened.
+            let _ended = watcher.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MSI: RawMsi = RawMsi { address: 0xFEE0_1000, data: 0x41 };
+    const BOGUS: RawMsi = RawMsi { address: 0, data: 0 };
+
+    fn entry(gsi: u32) -> mshv_user_irq_entry {
+        mshv_user_irq_entry { gsi, address_lo: MSI.address, address_hi: 0, data: MSI.data }
+    }
+
+    fn event() -> Arc<EventFd> {
+        Arc::new(EventFd::new().unwrap())
+    }
+
+    fn taken(driver: &Driver) -> Vec<Interrupt> {
+        driver.settle();
+        driver.take_interrupts(Duration::ZERO)
+    }
+
+    fn expect(driver: &Driver, event: &EventFd, msis: &[RawMsi]) {
+        event.signal(1).unwrap();
+        let decoded: Vec<_> = msis.iter().copied().map(Interrupt::decode).collect();
+        assert_eq!(taken(driver), decoded);
+        assert_eq!(event.consume().unwrap(), 0);
+    }
+
+    fn errno_of(result: CallResult) -> i32 {
+        result.unwrap_err().errno
+    }
+
+    // Each of these is a row of the driver's observed behaviour, wrong callers included.
+
+    #[test]
+    fn an_armed_and_routed_signal_is_one_interrupt() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        driver.assign_irqfd(24, &event).unwrap();
+        expect(&driver, &event, &[MSI]);
+        expect(&driver, &event, &[MSI]);
+    }
+
+    #[test]
+    fn a_signal_on_a_route_taken_out_is_lost_or_becomes_vector_0() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        driver.assign_irqfd(24, &event).unwrap();
+        driver.set_msi_routing(&[]).unwrap();
+        expect(&driver, &event, &[]);
+        driver.set_msi_routing(&[entry(30)]).unwrap();
+        expect(&driver, &event, &[BOGUS]);
+    }
+
+    #[test]
+    fn gsi_0_armed_and_never_routed_is_vector_0() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.assign_irqfd(0, &event).unwrap();
+        expect(&driver, &event, &[BOGUS]);
+    }
+
+    #[test]
+    fn arming_delivers_once_for_all_that_is_pending() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        event.signal(3).unwrap();
+        driver.assign_irqfd(24, &event).unwrap();
+        assert_eq!(taken(&driver).len(), 1);
+        expect(&driver, &event, &[MSI]);
+    }
+
+    #[test]
+    fn disarming_delivers_what_was_signalled_and_keeps_what_comes_after() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        driver.assign_irqfd(24, &event).unwrap();
+        event.signal(1).unwrap();
+        driver.deassign_irqfd(24, &event).unwrap();
+        event.signal(5).unwrap();
+        assert_eq!(taken(&driver), [Interrupt::decode(MSI)]);
+        assert_eq!(event.consume().unwrap(), 5);
+    }
+
+    #[test]
+    fn a_bad_table_is_einval_and_the_old_one_stays() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        driver.assign_irqfd(24, &event).unwrap();
+        let high = mshv_user_irq_entry { address_hi: 1, ..entry(24) };
+        for bad in [&[high][..], &[entry(24), entry(24)], &[entry(4096)]] {
+            assert_eq!(errno_of(driver.set_msi_routing(bad)), libc::EINVAL);
+        }
+        expect(&driver, &event, &[MSI]);
+        driver.set_msi_routing(&[entry(24), entry(4095)]).unwrap();
+    }
+
+    #[test]
+    fn one_eventfd_has_one_gsi_and_one_gsi_may_have_two_eventfds() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, first, second) = (partition.driver(), event(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        driver.assign_irqfd(24, &first).unwrap();
+        assert_eq!(errno_of(driver.assign_irqfd(25, &first)), libc::EBUSY);
+        driver.assign_irqfd(24, &second).unwrap();
+        expect(&driver, &first, &[MSI]);
+        expect(&driver, &second, &[MSI]);
+    }
+
+    #[test]
+    fn irqfds_are_not_checked_against_the_table_and_unknown_pairs_are_disarmed_silently() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.assign_irqfd(9999, &event).unwrap();
+        expect(&driver, &event, &[]);
+        driver.deassign_irqfd(24, &event).unwrap();
+        assert_eq!(errno_of(driver.assign_irqfd(24, &event)), libc::EBUSY);
+        driver.deassign_irqfd(9999, &event).unwrap();
+        driver.deassign_irqfd(9999, &event).unwrap();
+    }
+
+    #[test]
+    fn a_closed_eventfd_is_ebadf() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        event.close();
+        assert_eq!(errno_of(driver.assign_irqfd(24, &event)), libc::EBADF);
+    }
+
+    #[test]
+    fn the_thread_delivers_without_being_asked() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.set_msi_routing(&[entry(24)]).unwrap();
+        driver.assign_irqfd(24, &event).unwrap();
+        for _ in 0..1000 {
+            event.signal(1).unwrap();
+            assert_eq!(driver.take_interrupts(Duration::from_secs(60)), [Interrupt::decode(MSI)]);
+        }
+    }
+
+    #[test]
+    fn faults_come_in_order_after_and_for_as_often_as_asked() {
+        let partition = SimulatedPartition::open().unwrap();
+        let driver = partition.driver();
+        driver.fail(Operation::SetMsiRouting, libc::ENOMEM, 1, 2);
+        driver.fail(Operation::SetMsiRouting, libc::EINVAL, 0, 1);
+        let seen: Vec<_> = (0..5).map(|_| driver.set_msi_routing(&[]).map_err(|error| error.errno)).collect();
+        assert_eq!(seen, [Ok(()), Err(libc::ENOMEM), Err(libc::ENOMEM), Err(libc::EINVAL), Ok(())]);
+    }
+
+    #[test]
+    fn decoding_looks_at_the_bits_that_the_driver_looks_at() {
+        let msi = RawMsi { address: 0xFEE0_5004, data: 0x8145 };
+        let target = Target { destination: 5, delivery_mode: 1, logical: true, level: true };
+        assert_eq!(Interrupt::decode(msi), Interrupt { vector: 0x45, target: Some(target) });
+    }
+
+    use super::super::Target;
+}

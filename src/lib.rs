@@ -1,0 +1,15 @@
+//! irqfd and MSI routing for virtual machines, driven from Python.
+
+pub mod hypervisor;
+pub mod irqfd;
+
+#[cfg(feature = "python")]
+mod python;
+
+/// The Rust half of the Python package `mshv_irqfd`; import that, not this.
+#[cfg(feature = "python")]
+#[pyo3::pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use crate::python::{batch::Batch, event::EventFd, msi::MsiRoute, partition::Partition, route::IrqFdRoute};
+}
