@@ -1,0 +1,107 @@
+//! Several routes changed at once, with one push.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::error::{Error, Result};
+use super::msi::MsiRoute;
+use super::partition::Partition;
+use super::route::{Intent, IrqFdRoute, Route};
+
+/// Changes that are collected, and then committed together or not at all. Nothing is locked while they are
+/// collected; what they ask of a route is checked against its state at the commit.
+#[derive(Debug)]
+pub struct Batch {
+    partition: Arc<Partition>,
+    edits: Vec<(Arc<Route>, Edit)>,
+    /// Where the edit of a route is, by the route's address.
+    places: HashMap<usize, usize>,
+    foreign: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Edit {
+    msi: Option<Option<MsiRoute>>,
+    masked: Option<bool>,
+}
+
+impl Edit {
+    fn of(self, intent: Intent) -> Intent {
+        Intent { msi: self.msi.unwrap_or(intent.msi), masked: self.masked.unwrap_or(intent.masked), ..intent }
+    }
+}
+
+impl Batch {
+    pub fn new(partition: Arc<Partition>) -> Result<Self> {
+        partition.check_open()?;
+        Ok(Self { partition, edits: Vec::new(), places: HashMap::new(), foreign: None })
+    }
+
+    fn edit(&mut self, route: &IrqFdRoute) -> &mut Edit {
+        if !route.is_of(&self.partition) {
+            self.foreign = Some(route.gsi());
+        }
+        let shared = route.shared();
+        let place = *self.places.entry(Arc::as_ptr(shared) as usize).or_insert(self.edits.len());
+        if place == self.edits.len() {
+            self.edits.push((Arc::clone(shared), Edit::default()));
+        }
+        &mut self.edits[place].1
+    }
+
+    pub fn set_msi(&mut self, route: &IrqFdRoute, msi: MsiRoute) {
+        self.edit(route).msi = Some(Some(msi));
+    }
+
+    pub fn clear_msi(&mut self, route: &IrqFdRoute) {
+        self.edit(route).msi = Some(None);
+    }
+
+    pub fn mask(&mut self, route: &IrqFdRoute) {
+        self.edit(route).masked = Some(true);
+    }
+
+    pub fn unmask(&mut self, route: &IrqFdRoute) {
+        self.edit(route).masked = Some(false);
+    }
+
+    /// How many routes it speaks of.
+    pub fn len(&self) -> usize {
+        self.edits.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.edits.is_empty()
+    }
+
+    /// Makes all the changes, with one push at the most, or none of them.
+    pub fn commit(mut self) -> Result {
+        self.partition.check_open()?;
+        if let Some(gsi) = self.foreign {
+            return Err(Error::Invalid(format!(
+                "the route of GSI {gsi} belongs to another partition; a batch takes routes of its own"
+            )));
+        }
+        // The order in which all batches take their routes.
+        self.edits.sort_unstable_by_key(|(route, _)| (route.gsi, Arc::as_ptr(route) as usize));
+        let mut routes: Vec<_> = self.edits.iter().map(|(route, edit)| (route, route.lock(), *edit)).collect();
+        for (route, intent, _) in &routes {
+            route.check(intent)?;
+        }
+        let mut changes = Vec::with_capacity(routes.len());
+        for (route, intent, edit) in &routes {
+            let new = edit.of(**intent);
+            if new != **intent || !route.is_settled(new) {
+                changes.push(new.change(self.partition.index(route.gsi)));
+            }
+        }
+        if !changes.is_empty() {
+            self.partition.apply(&mut changes)?;
+        }
+        for (route, intent, edit) in &mut routes {
+            let new = edit.of(**intent);
+            route.set_intent(intent, new);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,405 @@
+//! The order of calls: how the kernel is brought from what it holds to what is wanted, and back if it refuses.
+//!
+//! Forward: disarm what must not be armed (around a quiesced push: everything), change the table, push it once
+//! if an armed route's entry is not in the kernel's table, arm. So an irqfd is armed only while the kernel's
+//! table has its entry. Back: disarm what was not armed before, push the old table only if a route that was
+//! armed would stand on a wrong entry, arm again.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::error::Failure;
+use super::gsi::GsiAllocator;
+use super::partition::{GsiState, PartitionStats, VpSet};
+use super::route::Route;
+use crate::hypervisor::event::EventFd;
+use crate::hypervisor::{CallError, CallResult, Hypervisor, Operation, RawMsi};
+
+/// What the partition's lock guards.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) hypervisor: Option<Box<dyn Hypervisor>>,
+    pub(super) gsis: GsiAllocator,
+    /// By GSI, counted from the partition's first.
+    pub(super) slots: Vec<Slot>,
+    pub(super) vps: Option<VpSet>,
+    pub(super) closing: bool,
+    pub(super) stats: PartitionStats,
+    range: Range<u32>,
+    /// The slots whose irqfd is registered, in no order.
+    armed: Vec<u16>,
+    /// The slots whose entry in the hypervisor's table may differ from the kernel's since the last push.
+    stale: Vec<u16>,
+    /// The slots that should be armed and could not be armed again after a failure.
+    lapsed: Vec<u16>,
+}
+
+/// All that is known of one GSI.
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    pub(super) route: Option<Arc<Route>>,
+    /// The MSI with which it should be armed, if it should.
+    wanted: Option<RawMsi>,
+    /// Its entry in the hypervisor's table, which the next push makes the kernel's.
+    entry: Option<RawMsi>,
+    /// Its entry in the kernel's table.
+    kernel: Option<RawMsi>,
+    /// Its place in `armed`, counted from 1.
+    armed: u16,
+    broken: bool,
+}
+
+impl Slot {
+    fn is_armed(&self) -> bool {
+        self.armed != 0
+    }
+}
+
+/// What is to become of a slot, and what it was.
+#[derive(Debug)]
+pub(super) struct Change {
+    pub(super) index: usize,
+    pub(super) wanted: Option<RawMsi>,
+    /// Whether an entry that is no longer wanted leaves the table.
+    drop_entry: bool,
+    wanted_before: Option<RawMsi>,
+    entry_before: Option<RawMsi>,
+}
+
+impl Change {
+    pub(super) fn new(index: usize, wanted: Option<RawMsi>, drop_entry: bool) -> Self {
+        Self { index, wanted, drop_entry, wanted_before: None, entry_before: None }
+    }
+}
+
+impl State {
+    pub(super) fn new(
+        hypervisor: Box<dyn Hypervisor>,
+        gsis: GsiAllocator,
+        range: Range<u32>,
+        vps: Option<VpSet>,
+    ) -> Self {
+        Self {
+            hypervisor: Some(hypervisor),
+            gsis,
+            slots: range.clone().map(|_| Slot::default()).collect(),
+            vps,
+            closing: false,
+            stats: PartitionStats::default(),
+            range,
+            armed: Vec::new(),
+            stale: Vec::new(),
+            lapsed: Vec::new(),
+        }
+    }
+
+    fn gsi(&self, index: usize) -> u32 {
+        self.range.start + index as u32
+    }
+
+    /// Makes a call and counts its failure.
+    fn call<T>(
+        &mut self,
+        index: Option<usize>,
+        call: impl FnOnce(&mut dyn Hypervisor) -> CallResult<T>,
+    ) -> Result<T, Failure> {
+        let gsi = index.map(|index| self.gsi(index));
+        let result = match &mut self.hypervisor {
+            Some(hypervisor) => call(hypervisor.as_mut()),
+            None => Err(CallError::new(Operation::Open, "call on a closed partition", libc::EBADF)),
+        };
+        result.map_err(|error| {
+            self.stats.failures += 1;
+            Failure::new(error, gsi)
+        })
+    }
+
+    fn event(&self, index: usize) -> Result<Arc<EventFd>, Failure> {
+        match &self.slots[index].route {
+            Some(route) => Ok(Arc::clone(&route.event)),
+            None => {
+                let error = CallError::new(Operation::AssignIrqfd, "irqfd of a GSI without a route", libc::ENOENT);
+                Err(Failure::new(error, Some(self.gsi(index))))
+            }
+        }
+    }
+
+    fn arm(&mut self, index: usize) -> Result<(), Failure> {
+        debug_assert!(!self.stands_wrong(index), "an armed irqfd has its entry in the kernel's table");
+        let (gsi, event) = (self.gsi(index), self.event(index)?);
+        self.call(Some(index), |hypervisor| hypervisor.assign(gsi, &event))?;
+        self.stats.arms += 1;
+        self.armed.push(index as u16);
+        self.slots[index].armed = self.armed.len() as u16;
+        Ok(())
+    }
+
+    fn disarm(&mut self, index: usize) -> Result<(), Failure> {
+        let (gsi, event) = (self.gsi(index), self.event(index)?);
+        self.call(Some(index), |hypervisor| hypervisor.deassign(gsi, &event))?;
+        self.stats.disarms += 1;
+        let place = std::mem::take(&mut self.slots[index].armed);
+        self.armed.swap_remove(usize::from(place) - 1);
+        if let Some(moved) = self.armed.get(usize::from(place) - 1) {
+            self.slots[usize::from(*moved)].armed = place;
+        }
+        Ok(())
+    }
+
+    fn push(&mut self) -> Result<(), Failure> {
+        let entries = self.call(None, |hypervisor| hypervisor.push())?;
+        self.stats.pushes += 1;
+        self.stats.entries_pushed += entries as u64;
+        for index in self.stale.drain(..) {
+            let slot = &mut self.slots[usize::from(index)];
+            slot.kernel = slot.entry;
+        }
+        Ok(())
+    }
+
+    /// Changes the hypervisor's table: memory only.
+    fn put_entry(&mut self, index: usize, entry: Option<RawMsi>) {
+        let gsi = self.gsi(index);
+        let slot = &mut self.slots[index];
+        if slot.entry == entry {
+            return;
+        }
+        slot.entry = entry;
+        self.stale.push(index as u16);
+        if let Some(hypervisor) = &mut self.hypervisor {
+            match entry {
+                Some(msi) => hypervisor.set_entry(gsi, msi),
+                None => hypervisor.drop_entry(gsi),
+            }
+        }
+    }
+
+    /// Makes all `changes`, or none. Kernels and prior states are told apart by `quiesce` alone.
+    pub(super) fn apply(&mut self, changes: &mut [Change], quiesce: bool) -> Result<(), Failure> {
+        for change in &mut *changes {
+            let slot = &self.slots[change.index];
+            (change.wanted_before, change.entry_before) = (slot.wanted, slot.entry);
+        }
+        let push = changes
+            .iter()
+            .any(|change| change.wanted.is_some() && change.wanted != self.slots[change.index].kernel);
+        let mut disarmed = Vec::new();
+        let result = self
+            .forward(changes, push, push && quiesce, &mut disarmed)
+            .map_err(|failure| self.back(changes, quiesce, &mut disarmed, failure));
+        if result.is_ok() && !push {
+            self.stats.pushes_skipped += 1;
+        }
+        let touched = disarmed.iter().map(|index| usize::from(*index));
+        for index in changes.iter().map(|change| change.index).chain(touched) {
+            self.publish(index);
+        }
+        result
+    }
+
+    fn publish(&self, index: usize) {
+        let slot = &self.slots[index];
+        if let Some(route) = &slot.route {
+            route.publish_kernel(slot.is_armed(), slot.broken);
+        }
+    }
+
+    fn forward(
+        &mut self,
+        changes: &[Change],
+        push: bool,
+        quiesced: bool,
+        disarmed: &mut Vec<u16>,
+    ) -> Result<(), Failure> {
+        if quiesced {
+            self.disarm_all(disarmed)?;
+        } else {
+            for change in changes {
+                if change.wanted.is_none() && self.slots[change.index].is_armed() {
+                    self.disarm(change.index)?;
+                    disarmed.push(change.index as u16);
+                }
+            }
+        }
+        for change in changes {
+            self.slots[change.index].wanted = change.wanted;
+            if change.wanted.is_some() || change.drop_entry {
+                self.put_entry(change.index, change.wanted);
+            }
+        }
+        if push {
+            self.push()?;
+        }
+        for change in changes {
+            self.arm_if_wanted(change.index)?;
+        }
+        for index in disarmed.iter().rev() {
+            self.arm_if_wanted(usize::from(*index))?;
+        }
+        if push {
+            self.arm_lapsed();
+        }
+        Ok(())
+    }
+
+    fn disarm_all(&mut self, disarmed: &mut Vec<u16>) -> Result<(), Failure> {
+        for index in self.armed.clone() {
+            match self.disarm(index.into()) {
+                Ok(()) => disarmed.push(index),
+                // It could not be disarmed before either, and the others must not wait for it.
+                Err(_) if self.slots[usize::from(index)].broken => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(())
+    }
+
+    fn arm_if_wanted(&mut self, index: usize) -> Result<(), Failure> {
+        let slot = &self.slots[index];
+        if slot.wanted.is_some() && !slot.is_armed() { self.arm(index) } else { Ok(()) }
+    }
+
+    /// Tries again to arm what an earlier failure left disarmed. Not the business of the call at hand, so a
+    /// failure is no failure of it.
+    fn arm_lapsed(&mut self) {
+        for index in std::mem::take(&mut self.lapsed) {
+            self.arm_again(index.into());
+            self.publish(index.into());
+        }
+    }
+
+    /// Arms what is wanted and not armed, if the kernel has its entry; remembers it if that can't be done.
+    fn arm_again(&mut self, index: usize) -> bool {
+        let slot = &self.slots[index];
+        if slot.wanted.is_none() || slot.is_armed() {
+            return true;
+        }
+        if slot.kernel == slot.wanted && self.arm(index).is_ok() {
+            return true;
+        }
+        if !self.lapsed.contains(&(index as u16)) {
+            self.lapsed.push(index as u16);
+        }
+        false
+    }
+
+    /// Goes back to what was there before, as far as the kernel lets us, and says how far.
+    fn back(
+        &mut self,
+        changes: &[Change],
+        quiesce: bool,
+        disarmed: &mut Vec<u16>,
+        mut failure: Failure,
+    ) -> Failure {
+        for change in changes {
+            self.slots[change.index].wanted = change.wanted_before;
+            self.put_entry(change.index, change.entry_before);
+        }
+        for change in changes {
+            let slot = &self.slots[change.index];
+            if slot.wanted.is_none() && slot.is_armed() && self.disarm(change.index).is_err() {
+                self.set_aside(change.index, &mut failure);
+            }
+        }
+        if changes.iter().any(|change| self.stands_wrong(change.index)) {
+            // A push that would meet an armed irqfd is not made.
+            if !quiesce || self.disarm_all(disarmed).is_ok() {
+                // A failure shows in the entries that stay wrong.
+                let _pushed_back = self.push();
+            }
+            for change in changes {
+                if self.slots[change.index].is_armed() && self.stands_wrong(change.index) {
+                    self.set_aside(change.index, &mut failure);
+                    // Better silent than on an MSI that nobody asks for any more.
+                    if self.disarm(change.index).is_ok() {
+                        self.put_entry(change.index, None);
+                    }
+                }
+            }
+        }
+        for index in disarmed.iter().map(|index| usize::from(*index)) {
+            if !self.arm_again(index) {
+                failure.disarmed.push(self.gsi(index));
+            }
+        }
+        failure
+    }
+
+    /// Whether a slot should be armed with another MSI than the kernel has for it.
+    fn stands_wrong(&self, index: usize) -> bool {
+        let slot = &self.slots[index];
+        slot.wanted.is_some() && slot.wanted != slot.kernel
+    }
+
+    /// Gives a slot up as broken. While it is armed its entry stays in the table: an armed irqfd without one
+    /// becomes vector 0 on mshv.
+    fn set_aside(&mut self, index: usize, failure: &mut Failure) {
+        let slot = &mut self.slots[index];
+        slot.broken = true;
+        slot.wanted = None;
+        let kernel = slot.kernel;
+        self.put_entry(index, kernel);
+        failure.broken.push(self.gsi(index));
+    }
+
+    /// Disarms a slot and takes its route away, whatever the kernel says. The GSI is free again unless its
+    /// irqfd may still be there, or was left broken before.
+    pub(super) fn release(&mut self, index: usize) -> Result<(), Failure> {
+        self.slots[index].wanted = None;
+        let result = if self.slots[index].is_armed() { self.disarm(index) } else { Ok(()) };
+        let result = result.map_err(|mut failure| {
+            self.set_aside(index, &mut failure);
+            failure
+        });
+        if !self.slots[index].is_armed() {
+            self.put_entry(index, None);
+        }
+        self.stats.pushes_skipped += 1;
+        self.lapsed.retain(|other| usize::from(*other) != index);
+        self.publish(index);
+        if result.is_ok() {
+            let slot = &mut self.slots[index];
+            slot.route = None;
+            if !slot.broken {
+                self.gsis.free(index);
+            }
+        }
+        result
+    }
+
+    pub(super) fn create_vp(&mut self, index: u8) -> Result<(), Failure> {
+        self.call(None, |hypervisor| hypervisor.create_vp(index))?;
+        self.vps.get_or_insert_default().insert(index);
+        Ok(())
+    }
+
+    /// Lets nothing new begin, and says which routes are there to be closed.
+    pub(super) fn start_closing(&mut self) -> Vec<Arc<Route>> {
+        self.closing = true;
+        self.slots.iter().filter_map(|slot| slot.route.clone()).collect()
+    }
+
+    pub(super) fn gsi_state(&self, index: usize) -> GsiState {
+        match &self.slots[index] {
+            Slot { broken: true, .. } => GsiState::Broken,
+            Slot { route: None, .. } => GsiState::Unallocated,
+            slot if slot.is_armed() => GsiState::Enabled,
+            _ => GsiState::Disabled,
+        }
+    }
+
+    pub(super) fn kernel_entries(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
+        let entries = self.slots.iter().enumerate();
+        entries.filter_map(|(index, slot)| Some((self.gsi(index), slot.kernel?)))
+    }
+
+    /// The GSI of the route that has this eventfd, if one has.
+    pub(super) fn route_of(&self, event: &EventFd) -> std::io::Result<Option<u32>> {
+        for route in self.slots.iter().filter_map(|slot| slot.route.as_ref()) {
+            if !route.event.is_closed() && route.event.is_same(event)? {
+                return Ok(Some(route.gsi));
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,84 @@
+//! Which GSIs are taken, and the lowest that is not.
+
+/// A bit a GSI, set while it is free, and a bit a word, set while the word has one: the lowest free GSI is two
+/// count-trailing-zeros away, whatever is taken.
+#[derive(Debug)]
+pub struct GsiAllocator {
+    words: Box<[u64]>,
+    summary: u64,
+}
+
+impl GsiAllocator {
+    /// All of `0..size` free. At most 4096, the number that one summary word covers.
+    pub fn new(size: usize) -> Self {
+        debug_assert!(size <= 64 * 64);
+        let words: Box<[u64]> = (0..size.div_ceil(64))
+            .map(|word| match size - 64 * word {
+                64.. => u64::MAX,
+                rest => (1 << rest) - 1,
+            })
+            .collect();
+        let summary = words.iter().enumerate().fold(0, |bits, (at, _)| bits | 1 << at);
+        Self { words, summary }
+    }
+
+    /// Takes the lowest that is free.
+    pub fn allocate(&mut self) -> Option<usize> {
+        if self.summary == 0 {
+            return None;
+        }
+        let at = self.summary.trailing_zeros() as usize;
+        let word = &mut self.words[at];
+        let bit = word.trailing_zeros() as usize;
+        *word &= *word - 1;
+        if *word == 0 {
+            self.summary &= !(1 << at);
+        }
+        Some(64 * at + bit)
+    }
+
+    /// Gives one back that `allocate` returned.
+    pub fn free(&mut self, index: usize) {
+        debug_assert!(self.words[index / 64] & 1 << (index % 64) == 0, "{index} is free already");
+        self.words[index / 64] |= 1 << (index % 64);
+        self.summary |= 1 << (index / 64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_lowest_free_one_is_taken_until_none_is_left() {
+        for size in [1, 63, 64, 65, 2048, 4072, 4096] {
+            let mut gsis = GsiAllocator::new(size);
+            assert!((0..size).all(|index| gsis.allocate() == Some(index)));
+            assert_eq!(gsis.allocate(), None);
+            gsis.free(size / 2);
+            assert_eq!(gsis.allocate(), Some(size / 2));
+            assert_eq!(gsis.allocate(), None);
+        }
+    }
+
+    #[test]
+    fn any_order_of_takes_and_frees_agrees_with_a_sorted_set() {
+        let mut gsis = GsiAllocator::new(200);
+        let mut free: BTreeSet<usize> = (0..200).collect();
+        let mut taken = Vec::new();
+        let mut random = 7u32;
+        for _ in 0..50_000 {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            if random >> 31 == 0 || taken.is_empty() {
+                let lowest = free.pop_first();
+                assert_eq!(gsis.allocate(), lowest);
+                taken.extend(lowest);
+            } else {
+                let index = taken.swap_remove((random >> 8) as usize % taken.len());
+                gsis.free(index);
+                free.insert(index);
+            }
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! A partition: its GSIs, its routes, its VPs, and the lock under which a kernel is spoken to.
+
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::commit::{Change, State};
+use super::error::{Error, Failure, Result};
+use super::gsi::GsiAllocator;
+use super::route::{IrqFdRoute, Route};
+use crate::hypervisor::event::EventFd;
+use crate::hypervisor::owner::{Owner, PerProcess};
+use crate::hypervisor::{Backend, CallError, Hypervisor, Operation, RawMsi, Target, descriptor};
+
+/// What a GSI is used for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GsiState {
+    /// No route has it.
+    Unallocated,
+    /// A route has it and is not armed.
+    Disabled,
+    /// Its route is armed.
+    Enabled,
+    /// The kernel could not be brought back to what was there before; it is not handed out again.
+    Broken,
+}
+
+/// Counts since a partition was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PartitionStats {
+    /// Routing tables that the kernel took.
+    pub pushes: u64,
+    /// Entries in those tables, fixed ones (KVM's pins, kept ones) included.
+    pub entries_pushed: u64,
+    /// Changes (of one route or by a batch) that needed no push.
+    pub pushes_skipped: u64,
+    /// irqfds assigned, those of quiesced pushes included.
+    pub arms: u64,
+    /// irqfds deassigned, likewise.
+    pub disarms: u64,
+    /// Calls that the kernel refused.
+    pub failures: u64,
+}
+
+/// How a partition is to be used.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub backend: Backend,
+    pub gsis: Range<u32>,
+    /// The VPs of an adopted partition, if they are known.
+    pub vps: Option<VpSet>,
+    /// Whether the partition was made by somebody else, who makes its VPs too.
+    pub adopted: bool,
+    pub quiesce: bool,
+    pub allow_missing_vp: bool,
+    /// Entries that the hypervisor keeps in every table.
+    pub keep: Vec<(u32, RawMsi)>,
+}
+
+/// Which APIC ids have a virtual processor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VpSet([u64; 4]);
+
+impl VpSet {
+    /// 0xFF is the broadcast destination, so the highest index of a VP is one below.
+    pub const MAX: u8 = 254;
+
+    pub fn insert(&mut self, index: u8) {
+        self.0[usize::from(index / 64)] |= 1 << (index % 64);
+    }
+
+    pub fn contains(&self, index: u8) -> bool {
+        self.0[usize::from(index / 64)] & 1 << (index % 64) != 0
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = u8> + '_ {
+        (0..=Self::MAX).filter(|index| self.contains(*index))
+    }
+}
+
+impl std::fmt::Display for VpSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let indexes: Vec<_> = self.iter().map(|index| index.to_string()).collect();
+        f.write_str(if indexes.is_empty() { "none".into() } else { indexes.join(", ") }.as_str())
+    }
+}
+
+/// Every partition that this process has open, to tell what is given to two of them.
+static PARTITIONS: PerProcess<Mutex<Vec<Weak<Partition>>>> = PerProcess::new();
+
+fn partitions() -> Result<MutexGuard<'static, Vec<Weak<Partition>>>> {
+    let all = PARTITIONS.get().map_err(|error| unsupported_kernel(&error))?;
+    Ok(all.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn unsupported_kernel(error: &std::io::Error) -> Error {
+    let errno = error.raw_os_error().unwrap_or(libc::ENOSYS);
+    Failure::new(CallError::new(Operation::Open, "madvise (MADV_WIPEONFORK)", errno), None).into()
+}
+
+/// Checks that a range of GSIs is one that the kernel takes.
+pub fn check_gsis(backend: Backend, gsis: &Range<u32>, kept: usize) -> Result {
+    let Range { start, end } = backend.allowed_gsis();
+    let most = backend.max_entries() - kept;
+    if gsis.is_empty() {
+        return Err(Error::Invalid(format!("gsis range({}, {}) is empty", gsis.start, gsis.end)));
+    }
+    if gsis.start < start || gsis.end > end {
+        let pins = if start > 0 { " (0-23 are pins of the IOAPIC)" } else { "" };
+        return Err(Error::Invalid(format!(
+            "gsis range({}, {}) leaves {start}-{}, the GSIs that {backend} takes{pins}",
+            gsis.start,
+            gsis.end,
+            end - 1
+        )));
+    }
+    if gsis.len() > most {
+        return Err(Error::Invalid(format!(
+            "gsis range({}, {}) has {} GSIs; at most {most} fit in a routing table of {backend} beside its fixed \
+             entries",
+            gsis.start,
+            gsis.end,
+            gsis.len()
+        )));
+    }
+    Ok(())
+}
+
+/// Checks that kept entries neither meet each other nor the GSIs that are handed out.
+pub fn check_keep(backend: Backend, gsis: &Range<u32>, keep: &[(u32, RawMsi)]) -> Result {
+    let mut seen = std::collections::HashSet::new();
+    for (gsi, _) in keep {
+        if !backend.allowed_gsis().contains(gsi) {
+            return Err(Error::Invalid(format!("keep: {backend} takes no MSI on GSI {gsi}")));
+        }
+        if gsis.contains(gsi) {
+            return Err(Error::Invalid(format!(
+                "keep: GSI {gsi} is in gsis range({}, {}), which are handed out",
+                gsis.start, gsis.end
+            )));
+        }
+        if !seen.insert(gsi) {
+            return Err(Error::Invalid(format!("keep: GSI {gsi} is there twice")));
+        }
+    }
+    Ok(())
+}
+
+/// A partition of a hypervisor. Its routes keep it alive; dropping it closes it.
+///
+/// Locks are taken in this order: a route's, then the partition's; a batch takes its routes by GSI. Under the
+/// partition's lock are the routing table and the set of armed irqfds, and every call that changes them.
+#[derive(Debug)]
+pub struct Partition {
+    owner: Owner,
+    config: Config,
+    fd: Option<RawFd>,
+    closed: AtomicBool,
+    /// Changes of intent that the kernel had no part in, and so not the lock either.
+    unheard: AtomicU64,
+    state: Mutex<State>,
+}
+
+impl Partition {
+    /// Takes charge of a hypervisor's partition, whose irqfds and routing table nobody else may use.
+    pub fn new(hypervisor: Box<dyn Hypervisor>, config: Config) -> Result<Arc<Self>> {
+        check_gsis(config.backend, &config.gsis, config.keep.len())?;
+        check_keep(config.backend, &config.gsis, &config.keep)?;
+        let owner = Owner::current().map_err(|error| unsupported_kernel(&error))?;
+        let fd = hypervisor.fd();
+        let vps = if config.adopted { config.vps } else { Some(VpSet::default()) };
+        let gsis = GsiAllocator::new(config.gsis.len());
+        let state = Mutex::new(State::new(hypervisor, gsis, config.gsis.clone(), vps));
+        let partition =
+            Arc::new(Self { owner, fd, config, closed: AtomicBool::new(false), unheard: AtomicU64::new(0), state });
+        let mut all = partitions()?;
+        all.retain(|other| other.strong_count() > 0);
+        if let Some(fd) = fd.filter(|_| partition.config.adopted) {
+            let other = all.iter().filter_map(Weak::upgrade).find(|other| other.has_file(fd));
+            if other.is_some() {
+                return Err(Error::Invalid(
+                    "this process has a Partition on that file already; its routing table has one owner".into(),
+                ));
+            }
+        }
+        all.push(Arc::downgrade(&partition));
+        Ok(partition)
+    }
+
+    fn has_file(&self, fd: RawFd) -> bool {
+        !self.is_closed() && self.fd.and_then(|own| descriptor::same_file(own, fd)) == Some(true)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says whether this process may act on the partition; before any lock, which a forked child could find
+    /// held by a thread that it does not have.
+    pub fn check_owner(&self) -> Result {
+        if self.owner.is_current() { Ok(()) } else { Err(Error::Forked) }
+    }
+
+    pub fn check_open(&self) -> Result {
+        self.check_owner()?;
+        if self.is_closed() { Err(closed()) } else { Ok(()) }
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn fileno(&self) -> Result<RawFd> {
+        if self.is_closed() {
+            return Err(closed());
+        }
+        self.fd.ok_or_else(|| Error::Unsupported("a simulated partition has no file descriptor".into()))
+    }
+
+    pub(super) fn index(&self, gsi: u32) -> usize {
+        (gsi - self.config.gsis.start) as usize
+    }
+
+    /// A new route with the lowest free GSI, unmasked and without an MSI, on a new eventfd or on a duplicate of
+    /// the caller's.
+    pub fn new_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
+        self.check_open()?;
+        let Some(fd) = event else {
+            let event = EventFd::new().map_err(|error| event_failure("eventfd2", &error))?;
+            return self.add_route(event);
+        };
+        // Held to the end, so that two callers can't bring one eventfd at the same time.
+        let all = partitions()?;
+        let event = EventFd::adopt(fd)?;
+        for other in all.iter().filter_map(Weak::upgrade) {
+            if let Some(gsi) =
+                other.lock().route_of(&event).map_err(|error| event_failure("read fdinfo", &error))?
+            {
+                return Err(Error::Invalid(format!(
+                    "file descriptor {fd} is the eventfd of the route of GSI {gsi}{}; a route needs one of its own",
+                    if Arc::ptr_eq(self, &other) { "" } else { " of another partition" },
+                )));
+            }
+        }
+        self.add_route(event)
+    }
+
+    fn add_route(self: &Arc<Self>, event: EventFd) -> Result<IrqFdRoute> {
+        let mut state = self.lock();
+        if state.closing {
+            return Err(closed());
+        }
+        let index = state.gsis.allocate().ok_or_else(|| Error::Exhausted(self.config.gsis.clone()))?;
+        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, Arc::new(event)));
+        state.slots[index].route = Some(Arc::clone(&route));
+        drop(state);
+        Ok(IrqFdRoute::new(Arc::clone(self), route))
+    }
+
+    /// Brings the kernel to what `changes` ask for, or leaves everything as it was.
+    pub(super) fn apply(&self, changes: &mut [Change]) -> Result {
+        let mut state = self.lock();
+        if state.closing {
+            return Err(closed());
+        }
+        if let Some(vps) = state.vps.filter(|_| !self.config.allow_missing_vp) {
+            for change in &*changes {
+                self.check_vp(&vps, change)?;
+            }
+        }
+        state.apply(changes, self.config.quiesce)?;
+        Ok(())
+    }
+
+    /// Refuses a destination without a VP. On the root scheduler the mshv driver follows a null pointer for
+    /// it, with interrupts off (`mshv_try_assert_irq_fast`); elsewhere the interrupt would just be lost.
+    /// Logical destinations take another path there.
+    fn check_vp(&self, vps: &VpSet, change: &Change) -> Result {
+        let Some(target) = change.wanted.map(Target::decode).filter(|target| !target.logical) else {
+            return Ok(());
+        };
+        let there = match target.destination {
+            u8::MAX => self.config.backend.takes_broadcast() && *vps != VpSet::default(),
+            index => vps.contains(index),
+        };
+        if there {
+            return Ok(());
+        }
+        Err(Error::MissingVp {
+            gsi: self.config.gsis.start + change.index as u32,
+            destination: target.destination,
+            vps: vps.to_string(),
+        })
+    }
+
+    /// A change of intent that the kernel has no part in.
+    pub(super) fn count_unheard(&self) {
+        self.unheard.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Disarms and forgets a route. What the kernel refuses on the way is reported, and the rest is done.
+    pub(super) fn close_route(&self, route: &Arc<Route>) -> std::result::Result<(), Failure> {
+        let mut intent = route.lock();
+        if intent.closed {
+            return Ok(());
+        }
+        let result = self.lock().release(self.index(route.gsi));
+        let closed = super::route::Intent { closed: true, ..*intent };
+        route.set_intent(&mut intent, closed);
+        route.event.close();
+        result
+    }
+
+    /// Creates the VP with this index, which is also its APIC id.
+    pub fn create_vp(&self, index: u8) -> Result {
+        self.check_open()?;
+        if self.config.adopted {
+            return Err(Error::Unsupported(
+                "the VPs of an adopted partition are made by whoever made the partition; name them with \
+                 Partition.from_fd(vps=...)"
+                    .into(),
+            ));
+        }
+        if index > VpSet::MAX {
+            return Err(Error::Invalid(format!(
+                "VP index {index} is the broadcast destination; indexes are 0 to {}",
+                VpSet::MAX
+            )));
+        }
+        let mut state = self.lock();
+        if state.closing {
+            return Err(closed());
+        }
+        if state.vps.is_some_and(|vps| vps.contains(index)) {
+            return Err(Error::Invalid(format!("VP {index} is there already")));
+        }
+        state.create_vp(index)?;
+        Ok(())
+    }
+
+    /// The VPs that the destinations of MSIs are checked against; `None` if unknown.
+    pub fn vps(&self) -> Result<Option<Vec<u8>>> {
+        self.check_open()?;
+        Ok(self.lock().vps.map(|vps| vps.iter().collect()))
+    }
+
+    pub fn gsi_state(&self, gsi: u32) -> Result<GsiState> {
+        self.check_open()?;
+        if !self.config.gsis.contains(&gsi) {
+            return Err(Error::Invalid(format!(
+                "GSI {gsi} is outside gsis range({}, {})",
+                self.config.gsis.start, self.config.gsis.end
+            )));
+        }
+        Ok(self.lock().gsi_state(self.index(gsi)))
+    }
+
+    /// The MSI entries that the kernel holds, as far as we told it: by GSI, inert and kept ones included.
+    pub fn routing_table(&self) -> Result<Vec<(u32, RawMsi)>> {
+        self.check_open()?;
+        let state = self.lock();
+        let kept = if state.stats.pushes > 0 { &self.config.keep[..] } else { &[] };
+        let mut table: Vec<_> = state.kernel_entries().chain(kept.iter().copied()).collect();
+        table.sort_unstable_by_key(|(gsi, _)| *gsi);
+        Ok(table)
+    }
+
+    /// Works on a closed partition too.
+    pub fn stats(&self) -> Result<PartitionStats> {
+        self.check_owner()?;
+        let mut stats = self.lock().stats;
+        stats.pushes_skipped += self.unheard.load(Ordering::Relaxed);
+        Ok(stats)
+    }
+
+    /// Closes the routes and gives up the partition. Goes on past errors and reports them at the end.
+    pub fn close(&self) -> Result {
+        self.check_owner()?;
+        let routes = self.lock().start_closing();
+        let mut failures = routes.iter().filter_map(|route| self.close_route(route).err());
+        let first = failures.next();
+        let further: Vec<_> = failures.collect();
+        let hypervisor = self.lock().hypervisor.take();
+        self.closed.store(true, Ordering::Release);
+        drop(hypervisor);
+        match first {
+            None => Ok(()),
+            Some(failure) => Err(Failure { further, ..failure }.into()),
+        }
+    }
+
+    /// What a finalizer does: closes, or in a forked child nothing, the descriptors going with the memory.
+    pub fn abandon(&self) -> Result {
+        if self.check_owner().is_ok() { self.close() } else { Ok(()) }
+    }
+}
+
+fn closed() -> Error {
+    Error::Closed("the partition".into())
+}
+
+fn event_failure(call: &'static str, error: &std::io::Error) -> Error {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    Failure::new(CallError::new(Operation::Event, call, errno), None).into()
+}

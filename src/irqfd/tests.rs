@@ -1,0 +1,603 @@
+//! The core on a hypervisor that records the calls made to it, watches the rules, and fails as it is told.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::hypervisor::event::EventFd;
+use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Call {
+    /// With the entries pushed: GSI and vector.
+    Push(Vec<(u32, u8)>),
+    Assign(u32),
+    Deassign(u32),
+    CreateVp(u8),
+}
+use Call::{Assign, CreateVp, Deassign, Push};
+
+/// A kernel that does as told and objects to what would harm a guest.
+#[derive(Debug, Default)]
+struct Kernel {
+    image: BTreeMap<u32, RawMsi>,
+    table: BTreeMap<u32, RawMsi>,
+    armed: BTreeSet<u32>,
+    calls: Vec<Call>,
+    /// Which calls fail, counted from the next.
+    failing: BTreeSet<usize>,
+    count: usize,
+    quiesced: bool,
+    /// GSIs whose disarming failed: those may be met by a push.
+    stuck: BTreeSet<u32>,
+    violations: Vec<String>,
+}
+
+impl Kernel {
+    fn call(&mut self, operation: Operation, call: Call) -> CallResult {
+        self.calls.push(call);
+        self.count += 1;
+        if self.failing.remove(&(self.count - 1)) {
+            return Err(CallError::new(operation, "recorded call", libc::ENOMEM));
+        }
+        Ok(())
+    }
+
+    fn check(&mut self, fine: bool, rule: &str) {
+        if !fine {
+            self.violations.push(format!("{rule}, after {:?}", self.calls));
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Recorder(Arc<Mutex<Kernel>>);
+
+impl Recorder {
+    fn kernel(&self) -> std::sync::MutexGuard<'_, Kernel> {
+        self.0.lock().unwrap()
+    }
+
+    fn taken(&self) -> Vec<Call> {
+        std::mem::take(&mut self.kernel().calls)
+    }
+
+    /// Lets the calls of these numbers fail, counted from the next.
+    fn fail(&self, numbers: impl IntoIterator<Item = usize>) {
+        let mut kernel = self.kernel();
+        kernel.failing = numbers.into_iter().collect();
+        kernel.count = 0;
+    }
+}
+
+impl Hypervisor for Recorder {
+    fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
+        self.kernel().image.insert(gsi, msi);
+    }
+
+    fn drop_entry(&mut self, gsi: u32) {
+        self.kernel().image.remove(&gsi);
+    }
+
+    fn push(&mut self) -> CallResult<usize> {
+        let mut kernel = self.kernel();
+        let entries = kernel.image.iter().map(|(gsi, msi)| (*gsi, msi.data as u8)).collect();
+        let met = kernel.quiesced && !kernel.armed.is_subset(&kernel.stuck);
+        kernel.check(!met, "no push meets an armed irqfd");
+        kernel.call(Operation::SetMsiRouting, Push(entries))?;
+        kernel.table = kernel.image.clone();
+        let routed = kernel.armed.iter().all(|gsi| kernel.table.contains_key(gsi));
+        kernel.check(routed, "armed implies routed");
+        Ok(kernel.table.len())
+    }
+
+    fn assign(&mut self, gsi: u32, _: &Arc<EventFd>) -> CallResult {
+        let mut kernel = self.kernel();
+        let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.armed.contains(&gsi));
+        kernel.check(routed, "armed implies routed");
+        kernel.check(!twice, "an irqfd is assigned once");
+        kernel.call(Operation::AssignIrqfd, Assign(gsi))?;
+        kernel.armed.insert(gsi);
+        Ok(())
+    }
+
+    fn deassign(&mut self, gsi: u32, _: &Arc<EventFd>) -> CallResult {
+        let mut kernel = self.kernel();
+        let armed = kernel.armed.contains(&gsi);
+        kernel.check(armed, "what is disarmed was armed");
+        let result = kernel.call(Operation::DeassignIrqfd, Deassign(gsi));
+        if result.is_ok() {
+            kernel.armed.remove(&gsi);
+            kernel.stuck.remove(&gsi);
+        } else {
+            kernel.stuck.insert(gsi);
+        }
+        result
+    }
+
+    fn create_vp(&mut self, index: u8) -> CallResult {
+        self.kernel().call(Operation::CreateVp, CreateVp(index))
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        None
+    }
+}
+
+fn partition(quiesce: bool) -> (Arc<Partition>, Recorder) {
+    let recorder = Recorder::default();
+    recorder.kernel().quiesced = quiesce;
+    let config = Config {
+        backend: if quiesce { Backend::Mshv } else { Backend::Kvm },
+        gsis: 24..32,
+        vps: None,
+        adopted: false,
+        quiesce,
+        allow_missing_vp: false,
+        keep: Vec::new(),
+    };
+    let partition = Partition::new(Box::new(recorder.clone()), config).unwrap();
+    partition.create_vp(0).unwrap();
+    assert_eq!(recorder.taken(), [CreateVp(0)]);
+    (partition, recorder)
+}
+
+fn msi(vector: u8) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000, vector.into()).unwrap()
+}
+
+fn missing() -> MsiRoute {
+    MsiRoute::new(0xFEE0_5000, 0x41).unwrap()
+}
+
+/// Routes with vectors 0x41, 0x42, ... on GSIs 24, 25, ...
+fn routes(partition: &Arc<Partition>, recorder: &Recorder, count: u8) -> Vec<IrqFdRoute> {
+    let routes: Vec<_> = (0..count).map(|_| partition.new_route(None).unwrap()).collect();
+    let mut batch = Batch::new(Arc::clone(partition)).unwrap();
+    for (route, vector) in routes.iter().zip(0x41..) {
+        batch.set_msi(route, msi(vector));
+    }
+    batch.commit().unwrap();
+    recorder.taken();
+    routes
+}
+
+#[test]
+fn enabling_pushes_then_assigns_and_disabling_only_deassigns() {
+    for quiesce in [false, true] {
+        let (partition, recorder) = partition(quiesce);
+        let route = partition.new_route(None).unwrap();
+        assert_eq!(recorder.taken(), []);
+        route.set_msi(msi(0x41)).unwrap();
+        assert_eq!(recorder.taken(), [Push(vec![(24, 0x41)]), Assign(24)]);
+        route.mask().unwrap();
+        assert_eq!(recorder.taken(), [Deassign(24)]);
+        route.unmask().unwrap();
+        assert_eq!(recorder.taken(), [Assign(24)]);
+        route.clear_msi().unwrap();
+        assert_eq!(recorder.taken(), [Deassign(24)]);
+        // The kernel's table still has this entry.
+        route.set_msi(msi(0x41)).unwrap();
+        assert_eq!(recorder.taken(), [Assign(24)]);
+        route.close().unwrap();
+        assert_eq!(recorder.taken(), [Deassign(24)]);
+    }
+}
+
+#[test]
+fn retargeting_is_one_push_and_on_mshv_everything_is_disarmed_around_it() {
+    let (plain, recorder) = partition(false);
+    let routes_ = routes(&plain, &recorder, 3);
+    routes_[1].set_msi(msi(0x99)).unwrap();
+    assert_eq!(recorder.taken(), [Push(vec![(24, 0x41), (25, 0x99), (26, 0x43)])]);
+
+    let (quiesced, recorder) = partition(true);
+    let routes_ = routes(&quiesced, &recorder, 3);
+    routes_[1].set_msi(msi(0x99)).unwrap();
+    let calls = recorder.taken();
+    let as_set = |calls: &[Call]| calls.iter().map(|call| format!("{call:?}")).collect::<BTreeSet<_>>();
+    assert_eq!(calls.len(), 7);
+    assert_eq!(as_set(&calls[..3]), as_set(&[Deassign(24), Deassign(25), Deassign(26)]));
+    assert_eq!(calls[3], Push(vec![(24, 0x41), (25, 0x99), (26, 0x43)]));
+    assert_eq!(as_set(&calls[4..]), as_set(&[Assign(24), Assign(25), Assign(26)]));
+}
+
+#[test]
+fn enabling_one_more_on_mshv_disarms_the_others_around_the_push() {
+    let (partition, recorder) = partition(true);
+    let _routes = routes(&partition, &recorder, 1);
+    let route = partition.new_route(None).unwrap();
+    route.set_msi(msi(0x50)).unwrap();
+    assert_eq!(recorder.taken(), [Deassign(24), Push(vec![(24, 0x41), (25, 0x50)]), Assign(25), Assign(24)]);
+}
+
+#[test]
+fn setting_what_is_set_and_doing_what_is_done_makes_no_call() {
+    for quiesce in [false, true] {
+        let (partition, recorder) = partition(quiesce);
+        let route = &routes(&partition, &recorder, 1)[0];
+        route.set_msi(msi(0x41)).unwrap();
+        route.unmask().unwrap();
+        assert_eq!(recorder.taken(), []);
+        route.mask().unwrap();
+        recorder.taken();
+        route.mask().unwrap();
+        // Kept, not pushed; and set back, so that unmasking need not push.
+        route.set_msi(msi(0x77)).unwrap();
+        route.set_msi(msi(0x41)).unwrap();
+        assert_eq!(recorder.taken(), []);
+        route.unmask().unwrap();
+        assert_eq!(recorder.taken(), [Assign(24)]);
+    }
+}
+
+#[test]
+fn an_msi_set_while_masked_is_pushed_by_unmasking_and_not_before() {
+    for quiesce in [false, true] {
+        let (partition, recorder) = partition(quiesce);
+        let routes_ = routes(&partition, &recorder, 2);
+        routes_[0].mask().unwrap();
+        routes_[0].set_msi(msi(0x77)).unwrap();
+        assert_eq!(recorder.taken(), [Deassign(24)]);
+        routes_[1].set_msi(msi(0x55)).unwrap();
+        assert!(recorder.taken().contains(&Push(vec![(24, 0x41), (25, 0x55)])));
+        routes_[0].unmask().unwrap();
+        assert!(recorder.taken().contains(&Push(vec![(24, 0x77), (25, 0x55)])));
+    }
+}
+
+#[test]
+fn a_batch_disarms_pushes_once_and_arms() {
+    for quiesce in [false, true] {
+        let (partition, recorder) = partition(quiesce);
+        let routes_ = routes(&partition, &recorder, 3);
+        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+        batch.mask(&routes_[0]);
+        batch.set_msi(&routes_[1], msi(0x51));
+        batch.set_msi(&routes_[1], msi(0x52));
+        batch.clear_msi(&routes_[2]);
+        assert_eq!(recorder.taken(), []);
+        batch.commit().unwrap();
+        let calls = recorder.taken();
+        let pushes: Vec<_> = calls.iter().filter(|call| matches!(call, Push(_))).collect();
+        assert_eq!(pushes, [&Push(vec![(24, 0x41), (25, 0x52)])]);
+        assert_eq!(recorder.kernel().armed, BTreeSet::from([25]));
+    }
+}
+
+#[test]
+fn closing_everything_costs_no_push() {
+    for quiesce in [false, true] {
+        let (partition, recorder) = partition(quiesce);
+        let routes_ = routes(&partition, &recorder, 8);
+        partition.close().unwrap();
+        let calls = recorder.taken();
+        assert_eq!(calls.len(), 8);
+        assert!(calls.iter().all(|call| matches!(call, Deassign(_))), "{calls:?}");
+        assert!(routes_.iter().all(IrqFdRoute::is_closed));
+        assert!(matches!(partition.new_route(None), Err(Error::Closed(_))));
+    }
+}
+
+#[test]
+fn dropping_a_route_disarms_it_and_frees_the_lowest_gsi() {
+    let (partition, recorder) = partition(true);
+    let mut routes_ = routes(&partition, &recorder, 4);
+    drop(routes_.remove(1));
+    assert_eq!(recorder.taken(), [Deassign(25)]);
+    assert_eq!(partition.gsi_state(25).unwrap(), GsiState::Unallocated);
+    assert_eq!(partition.new_route(None).unwrap().gsi(), 25);
+}
+
+#[test]
+fn no_route_can_be_set_for_an_unallocated_gsi() {
+    let (partition, _) = partition(true);
+    let route = partition.new_route(None).unwrap();
+    route.close().unwrap();
+    let error = route.set_msi(msi(0x41)).unwrap_err();
+    assert!(matches!(error, Error::Closed(_)));
+    assert!(error.to_string().contains("unallocated"), "{error}");
+}
+
+#[test]
+fn a_destination_without_a_vp_is_refused_before_any_call() {
+    let (partition, recorder) = partition(true);
+    let route = partition.new_route(None).unwrap();
+    assert!(matches!(route.set_msi(missing()), Err(Error::MissingVp { destination: 5, .. })));
+    assert_eq!(route.msi().unwrap(), None);
+    route.mask().unwrap();
+    route.set_msi(missing()).unwrap();
+    assert!(matches!(route.unmask(), Err(Error::MissingVp { .. })));
+    assert!(route.masked().unwrap());
+    assert_eq!(recorder.taken(), []);
+    partition.create_vp(5).unwrap();
+    route.unmask().unwrap();
+    assert!(route.armed().unwrap());
+}
+
+/// What is known of a route from outside.
+type Seen = (GsiState, bool, Option<MsiRoute>);
+
+fn seen(routes: &[IrqFdRoute]) -> Vec<Option<Seen>> {
+    let one = |route: &IrqFdRoute| Some((route.state().ok()?, route.masked().ok()?, route.msi().ok()?));
+    routes.iter().map(one).collect()
+}
+
+/// What the rules say of every moment between two calls.
+fn check_rules(partition: &Arc<Partition>, recorder: &Recorder, routes: &[IrqFdRoute], context: &str) {
+    let table: BTreeMap<_, _> = partition.routing_table().unwrap().into_iter().collect();
+    let kernel = recorder.kernel();
+    assert_eq!(kernel.violations, Vec::<String>::new(), "{context}");
+    assert_eq!(table, kernel.table, "{context}: our record is what the kernel holds");
+    for route in routes.iter().filter(|route| !route.is_closed()) {
+        let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
+        let gsi = route.gsi();
+        match state {
+            GsiState::Enabled => {
+                assert!(kernel.armed.contains(&gsi), "{context}: GSI {gsi} is said to be armed");
+                assert_eq!(kernel.table.get(&gsi).copied(), msi.map(MsiRoute::raw), "{context}: GSI {gsi}");
+                assert!(!masked, "{context}: GSI {gsi}");
+            }
+            GsiState::Disabled => assert!(!kernel.armed.contains(&gsi), "{context}: GSI {gsi} is armed"),
+            GsiState::Broken => {}
+            GsiState::Unallocated => panic!("{context}: GSI {gsi} of an open route is unallocated"),
+        }
+    }
+}
+
+/// Four routes in the states that matter: armed, armed, masked with another MSI, without an MSI.
+fn scene(quiesce: bool) -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
+    let (partition, recorder) = partition(quiesce);
+    let mut all = routes(&partition, &recorder, 3);
+    all[2].mask().unwrap();
+    all[2].set_msi(msi(0x60)).unwrap();
+    all.push(partition.new_route(None).unwrap());
+    recorder.taken();
+    (partition, recorder, all)
+}
+
+type Operate = fn(&Arc<Partition>, &[IrqFdRoute]) -> Result;
+
+const OPERATIONS: [(&str, Operate); 11] = [
+    ("enable", |_, routes| routes[3].set_msi(msi(0x70))),
+    ("retarget", |_, routes| routes[0].set_msi(msi(0x71))),
+    ("mask", |_, routes| routes[0].mask()),
+    ("unmask", |_, routes| routes[2].unmask()),
+    ("clear", |_, routes| routes[1].clear_msi()),
+    ("clear masked", |_, routes| routes[2].clear_msi()),
+    ("batch: retarget two", |partition, routes| {
+        let mut batch = Batch::new(Arc::clone(partition))?;
+        batch.set_msi(&routes[0], msi(0x72));
+        batch.set_msi(&routes[1], msi(0x73));
+        batch.commit()
+    }),
+    ("batch: retarget and enable", |partition, routes| {
+        let mut batch = Batch::new(Arc::clone(partition))?;
+        batch.set_msi(&routes[0], msi(0x72));
+        batch.unmask(&routes[2]);
+        batch.set_msi(&routes[3], msi(0x74));
+        batch.commit()
+    }),
+    ("batch: mask and enable", |partition, routes| {
+        let mut batch = Batch::new(Arc::clone(partition))?;
+        batch.mask(&routes[0]);
+        batch.set_msi(&routes[3], msi(0x74));
+        batch.commit()
+    }),
+    ("batch: clear and enable", |partition, routes| {
+        let mut batch = Batch::new(Arc::clone(partition))?;
+        batch.clear_msi(&routes[0]);
+        batch.set_msi(&routes[3], msi(0x74));
+        batch.commit()
+    }),
+    ("batch: mask two", |partition, routes| {
+        let mut batch = Batch::new(Arc::clone(partition))?;
+        batch.mask(&routes[0]);
+        batch.mask(&routes[1]);
+        batch.commit()
+    }),
+];
+
+fn number_of_calls(quiesce: bool, operate: Operate) -> usize {
+    let (partition, recorder, routes) = scene(quiesce);
+    operate(&partition, &routes).unwrap();
+    recorder.taken().len()
+}
+
+/// Shows that a partition is in order after a failure: everything can be changed, and is as asked.
+fn everything_works(partition: &Arc<Partition>, recorder: &Recorder, routes: &[IrqFdRoute], context: &str) {
+    recorder.fail([]);
+    for (route, vector) in routes.iter().zip(0x80..) {
+        if route.state().unwrap() == GsiState::Broken {
+            assert!(matches!(route.set_msi(msi(vector)), Err(Error::Broken(_))), "{context}");
+            assert!(matches!(route.mask(), Err(Error::Broken(_))), "{context}");
+            continue;
+        }
+        route.unmask().unwrap_or_else(|error| panic!("{context}: {error}"));
+        route.set_msi(msi(vector)).unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert!(route.armed().unwrap(), "{context}");
+    }
+    check_rules(partition, recorder, routes, context);
+}
+
+#[test]
+fn a_call_that_fails_once_leaves_everything_as_it_was() {
+    for quiesce in [false, true] {
+        for (name, operate) in OPERATIONS {
+            for failing in 0..number_of_calls(quiesce, operate) {
+                let context = format!("{name}, quiesce={quiesce}, call {failing} fails");
+                let (partition, recorder, routes) = scene(quiesce);
+                let (before, armed) = (seen(&routes), recorder.kernel().armed.clone());
+                recorder.fail([failing]);
+                assert!(matches!(operate(&partition, &routes), Err(Error::Failed(_))), "{context}");
+                assert_eq!(seen(&routes), before, "{context}");
+                assert_eq!(recorder.kernel().armed, armed, "{context}");
+                check_rules(&partition, &recorder, &routes, &context);
+                everything_works(&partition, &recorder, &routes, &context);
+            }
+        }
+    }
+}
+
+#[test]
+fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
+    let mut broken = 0;
+    for quiesce in [false, true] {
+        for (name, operate) in OPERATIONS {
+            for first in 0..number_of_calls(quiesce, operate) {
+                // Any one or two calls of the way back.
+                for (second, third) in (1..12).flat_map(|second| (0..6).map(move |third| (second, third))) {
+                    let failing = [first, first + second, first + second + third];
+                    let context = format!("{name}, quiesce={quiesce}, calls {failing:?} fail");
+                    let (partition, recorder, routes) = scene(quiesce);
+                    let before = seen(&routes);
+                    recorder.fail(failing);
+                    let Err(Error::Failed(failure)) = operate(&partition, &routes) else {
+                        panic!("{context}: no failure");
+                    };
+                    recorder.fail([]);
+                    check_rules(&partition, &recorder, &routes, &context);
+                    for (route, before) in routes.iter().zip(before) {
+                        let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
+                        let (state_before, masked_before, msi_before) = before.unwrap();
+                        assert_eq!((masked, msi), (masked_before, msi_before), "{context}: intent is kept");
+                        let said = failure.broken.contains(&route.gsi());
+                        assert_eq!(state == GsiState::Broken, said, "{context}: GSI {}", route.gsi());
+                        if state != state_before && !said {
+                            assert!(failure.disarmed.contains(&route.gsi()), "{context}: GSI {}", route.gsi());
+                        }
+                    }
+                    broken += failure.broken.len();
+                    everything_works(&partition, &recorder, &routes, &context);
+                    let set_aside = failure.broken;
+                    drop(routes);
+                    assert!(set_aside.iter().all(|gsi| partition.gsi_state(*gsi).unwrap() == GsiState::Broken));
+                    let again: Vec<_> = std::iter::from_fn(|| partition.new_route(None).ok()).collect();
+                    assert_eq!(again.len(), 8 - set_aside.len(), "{context}");
+                    assert!(again.iter().all(|route| !set_aside.contains(&route.gsi())), "{context}");
+                }
+            }
+        }
+    }
+    assert!(broken > 0, "no route was broken: the test shows nothing");
+}
+
+#[test]
+fn closing_goes_on_past_errors_and_sets_aside_what_could_not_be_disarmed() {
+    let (partition, recorder) = partition(true);
+    let all = routes(&partition, &recorder, 3);
+    recorder.fail([0]);
+    assert!(matches!(all[0].close(), Err(Error::Failed(_))));
+    assert!(all[0].is_closed());
+    assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+    assert_eq!(partition.new_route(None).unwrap().gsi(), 27);
+    // The irqfd that is still there keeps its entry through other routes' pushes.
+    recorder.fail([0]);
+    all[1].set_msi(msi(0x90)).unwrap();
+    assert!(recorder.kernel().table.contains_key(&24));
+    recorder.fail([0]);
+    let error = partition.close().unwrap_err();
+    assert!(all.iter().all(IrqFdRoute::is_closed), "{error}");
+    assert_eq!(recorder.kernel().violations, Vec::<String>::new());
+}
+
+#[test]
+fn a_broken_route_can_be_closed_which_tries_once_more() {
+    let (partition, recorder, routes) = scene(false);
+    // The push succeeds, arming fails, and so does the way back.
+    recorder.fail([1, 2, 3]);
+    let Err(Error::Failed(failure)) = OPERATIONS[7].1(&partition, &routes) else { panic!("no failure") };
+    assert_eq!(failure.broken, [24]);
+    assert!(matches!(routes[0].unmask(), Err(Error::Broken(24))));
+    recorder.taken();
+    routes[0].close().unwrap();
+    assert_eq!(recorder.taken(), [Deassign(24)]);
+    assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+    assert_eq!(partition.new_route(None).unwrap().gsi(), 28);
+}
+
+#[test]
+fn a_route_that_could_not_be_armed_again_keeps_its_signals_and_is_armed_with_the_next_push() {
+    let (partition, recorder, routes) = scene(true);
+    // Disarms 24 and 25, fails to push, fails to arm the first of them again.
+    recorder.fail([2, 3]);
+    let Err(Error::Failed(failure)) = routes[3].set_msi(msi(0x70)) else { panic!("no failure") };
+    let lapsed = failure.disarmed.clone();
+    assert_eq!(lapsed.len(), 1);
+    let route = routes.iter().find(|route| route.gsi() == lapsed[0]).unwrap();
+    assert_eq!(route.state().unwrap(), GsiState::Disabled);
+    route.signal(1).unwrap();
+    assert!(route.pending().unwrap());
+    routes[3].set_msi(msi(0x70)).unwrap();
+    assert!(route.armed().unwrap());
+    check_rules(&partition, &recorder, &routes, "after the next push");
+}
+
+#[test]
+fn a_route_that_could_not_be_armed_again_is_armed_by_setting_it_again() {
+    let retries: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::unmask, |route| route.set_msi(msi(0x41))];
+    for again in retries {
+        let (partition, recorder, routes) = scene(false);
+        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+        batch.mask(&routes[0]);
+        batch.set_msi(&routes[3], msi(0x70));
+        // Disarms 24, fails to push, fails to arm 24 again.
+        recorder.fail([1, 2]);
+        assert!(batch.commit().is_err());
+        assert_eq!(routes[0].state().unwrap(), GsiState::Disabled);
+        again(&routes[0]).unwrap();
+        assert!(routes[0].armed().unwrap());
+        check_rules(&partition, &recorder, &routes, "armed again");
+    }
+}
+
+#[test]
+fn any_walk_with_any_failures_keeps_the_rules() {
+    for seed in 0..if cfg!(debug_assertions) { 300u64 } else { 3000 } {
+        let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut below = |bound: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % bound
+        };
+        let (partition, recorder) = partition(seed % 2 == 0);
+        let mut routes: Vec<IrqFdRoute> = Vec::new();
+        for step in 0..60 {
+            let failing: Vec<_> = (0..below(4)).map(|_| below(8) as usize).collect();
+            if below(3) == 0 {
+                recorder.fail(failing);
+            } else {
+                recorder.fail([]);
+            }
+            if routes.is_empty() || below(8) == 0 {
+                routes.extend(partition.new_route(None));
+            }
+            if let Some(at) = (!routes.is_empty()).then(|| below(routes.len() as u64) as usize) {
+                let vector = 0x20 + below(4) as u8;
+                let _refused = match below(8) {
+                    0 | 1 => routes[at].set_msi(msi(vector)),
+                    2 => routes[at].clear_msi(),
+                    3 => routes[at].mask(),
+                    4 => routes[at].unmask(),
+                    5 => routes.swap_remove(at).close(),
+                    _ => {
+                        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+                        for route in &routes {
+                            match below(5) {
+                                0 => batch.set_msi(route, msi(vector)),
+                                1 => batch.clear_msi(route),
+                                2 => batch.mask(route),
+                                3 => batch.unmask(route),
+                                _ => {}
+                            }
+                        }
+                        batch.commit()
+                    }
+                };
+            }
+            check_rules(&partition, &recorder, &routes, &format!("seed {seed}, step {step}"));
+        }
+    }
+}
