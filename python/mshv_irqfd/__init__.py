@@ -1,0 +1,56 @@
+"""irqfd and MSI routing for virtual machines: on the Microsoft Hypervisor, KVM, or a simulated kernel.
+
+Open a partition with `open_partition()`, make routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
+their eventfds: the kernel raises the interrupts with no trip through user space.
+"""
+
+from mshv_irqfd._core import Batch, MsiRoute
+from mshv_irqfd.errors import (
+    ClosedError,
+    ForkedError,
+    GsiExhaustedError,
+    HypervisorUnavailableError,
+    IrqFdError,
+    MissingVpError,
+    MshvIrqFdError,
+    RouteBrokenError,
+    RoutingError,
+    VpError,
+)
+from mshv_irqfd.handles import (
+    EventFd,
+    IrqFdRoute,
+    KvmPartition,
+    MshvPartition,
+    Partition,
+    SimulatedPartition,
+    open_partition,
+)
+from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats, RoutingEntry
+
+__all__ = [
+    "Batch",
+    "ClosedError",
+    "DeliveryMode",
+    "EventFd",
+    "ForkedError",
+    "GsiExhaustedError",
+    "GsiState",
+    "HypervisorUnavailableError",
+    "Interrupt",
+    "IrqFdError",
+    "IrqFdRoute",
+    "KvmPartition",
+    "MissingVpError",
+    "MshvIrqFdError",
+    "MshvPartition",
+    "MsiRoute",
+    "Partition",
+    "PartitionStats",
+    "RouteBrokenError",
+    "RoutingEntry",
+    "RoutingError",
+    "SimulatedPartition",
+    "VpError",
+    "open_partition",
+]

@@ -1,0 +1,114 @@
+//! Arguments that several calls take.
+
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyRange, PyRangeMethods};
+
+use super::errors::bad_integer;
+use super::msi::MsiRoute;
+use crate::hypervisor::{MAX_GSIS, RawMsi};
+use crate::irqfd::{self, VpSet};
+
+/// An MSI given as one `MsiRoute` or as address and data.
+pub(super) fn msi(address: &Bound<'_, PyAny>, data: Option<&Bound<'_, PyAny>>) -> PyResult<irqfd::MsiRoute> {
+    if let Ok(route) = address.cast::<MsiRoute>() {
+        return match data {
+            None => Ok(route.get().0),
+            Some(_) => Err(PyTypeError::new_err("an MsiRoute has its data already; give no second argument")),
+        };
+    }
+    let Some(data) = data else {
+        return Err(PyTypeError::new_err("give an MsiRoute, or an MSI address and data"));
+    };
+    address_and_data(address, data)
+}
+
+pub(super) fn address_and_data(address: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<irqfd::MsiRoute> {
+    let number = |value: &Bound<'_, PyAny>, name, range| {
+        value.extract::<u64>().map_err(|error| bad_integer(&error, value, name, range))
+    };
+    let address = number(address, "MSI address", "x86 MSI addresses are 0xFEE00000-0xFEEFFFFF")?;
+    let data = number(data, "MSI data", "the data of an MSI are 16 bits")?;
+    Ok(irqfd::MsiRoute::new(address, data).map_err(irqfd::Error::from)?)
+}
+
+/// A file descriptor, or an object with `fileno()`.
+pub(super) fn descriptor(value: &Bound<'_, PyAny>) -> PyResult<RawFd> {
+    let range = "give a file descriptor or an object with fileno()";
+    let number = match value.getattr_opt("fileno")? {
+        Some(fileno) => fileno.call0()?,
+        None => value.clone(),
+    };
+    match number.extract::<i32>().map_err(|error| bad_integer(&error, value, "file descriptor", range))? {
+        fd @ 0.. => Ok(fd),
+        fd => Err(PyValueError::new_err(format!("file descriptor {fd} is negative; {range}"))),
+    }
+}
+
+/// GSIs to hand out, as a `range` with step 1.
+pub(super) fn gsis(value: &Bound<'_, PyAny>) -> PyResult<Range<u32>> {
+    let range = value.cast::<PyRange>().map_err(|_| {
+        let shown = value.repr().map_or_else(|_| "?".into(), |text| text.to_string());
+        PyTypeError::new_err(format!("gsis must be a range such as range(24, 2072), not {shown}"))
+    })?;
+    let bounds = (range.start()?, range.stop()?);
+    if range.step()? != 1 {
+        return Err(PyValueError::new_err(format!("gsis {value} has a step; GSIs are one run, with step 1")));
+    }
+    match bounds {
+        (start @ 0.., stop) if stop <= MAX_GSIS as isize => Ok(start as u32..stop.max(0) as u32),
+        _ => Err(PyValueError::new_err(format!(
+            "gsis {value} leaves 0-{}, the GSIs that kernels take",
+            MAX_GSIS - 1
+        ))),
+    }
+}
+
+/// VPs: how many (from 0 up), or which.
+pub(super) fn vps(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    let range = "VP indexes are 0 to 254";
+    let index = |value: &Bound<'_, PyAny>, name: &str, most: i64| {
+        let number = value.extract::<i64>().map_err(|error| bad_integer(&error, value, name, range))?;
+        if (0..=most).contains(&number) {
+            Ok(number as u8)
+        } else {
+            Err(PyValueError::new_err(format!("{name} {number} is out of range; {range}")))
+        }
+    };
+    if let Ok(items) = value.try_iter() {
+        let mut all = VpSet::default();
+        for item in items {
+            all.insert(index(&item?, "VP index", VpSet::MAX.into())?);
+        }
+        return Ok(all.iter().collect());
+    }
+    let count = index(value, "vps", i64::from(VpSet::MAX) + 1)?;
+    Ok((0..count).collect())
+}
+
+/// Entries that stay in every push.
+pub(super) fn keep(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u32, RawMsi)>> {
+    value
+        .try_iter()?
+        .map(|entry| {
+            let entry = entry?;
+            let (gsi, address, data) = entry.extract::<(u32, u32, u32)>().map_err(|_| {
+                PyTypeError::new_err(format!(
+                    "keep: {entry} is no RoutingEntry(gsi, address, data) of 32-bit integers"
+                ))
+            })?;
+            Ok((gsi, RawMsi { address, data }))
+        })
+        .collect()
+}
+
+/// How long to wait, in seconds.
+pub(super) fn timeout(seconds: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(seconds).map_err(|_| {
+        PyValueError::new_err(format!("timeout {seconds} is no number of seconds; give 0 or more, and no infinity"))
+    })
+}

@@ -1,0 +1,153 @@
+//! `Batch` in Python.
+
+use std::sync::{Mutex, PoisonError};
+
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+
+use super::arguments;
+use super::errors::ClosedError;
+use super::partition::Partition;
+use super::route::IrqFdRoute;
+use crate::irqfd;
+
+/// Changes to several routes of one partition, made together with one push at the most, or not at all.
+///
+/// Made by `Partition.batch()`. Arguments are checked at each call, the state of the routes at the commit; the last
+/// word on a route wins. Leaving the `with` body commits; leaving it by an exception applies nothing. No lock is
+/// held meanwhile. A batch can be committed once.
+///
+/// Example:
+///     >>> partition = open_partition("simulated")
+///     >>> routes = [partition.new_irqfd_route() for _ in range(3)]
+///     >>> with partition.batch() as batch:
+///     ...     for number, route in enumerate(routes):
+///     ...         batch.set_msi(route, MsiRoute.fixed(0x40 + number, 0))
+///     >>> partition.stats().pushes
+///     1
+///     >>> partition.close()
+#[pyclass(frozen, module = "mshv_irqfd._core")]
+pub(crate) struct Batch {
+    open: Mutex<Option<Open>>,
+    partition: Py<Partition>,
+}
+
+struct Open {
+    batch: irqfd::Batch,
+    /// A route that only the batch knows must not be finalized before the commit.
+    routes: Vec<Py<IrqFdRoute>>,
+}
+
+impl Batch {
+    pub(super) fn of(partition: &Bound<'_, Partition>) -> PyResult<Self> {
+        let batch = irqfd::Batch::new(std::sync::Arc::clone(&partition.get().core))?;
+        let open = Mutex::new(Some(Open { batch, routes: Vec::new() }));
+        Ok(Self { open, partition: partition.clone().unbind() })
+    }
+
+    fn edit(
+        &self,
+        route: &Bound<'_, IrqFdRoute>,
+        edit: impl FnOnce(&mut irqfd::Batch, &irqfd::IrqFdRoute),
+    ) -> PyResult<()> {
+        let mut open = self.open.lock_py_attached(route.py()).unwrap_or_else(PoisonError::into_inner);
+        let open = open.as_mut().ok_or_else(spent)?;
+        let before = open.batch.len();
+        edit(&mut open.batch, &route.get().route);
+        if open.batch.len() != before {
+            open.routes.push(route.clone().unbind());
+        }
+        Ok(())
+    }
+
+    fn take(&self, py: Python<'_>) -> Option<Open> {
+        self.open.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+fn spent() -> PyErr {
+    ClosedError::new_err("the batch is closed: committed, or left by an exception; begin another with batch()")
+}
+
+#[pymethods]
+impl Batch {
+    /// Sets a route's MSI, as `IrqFdRoute.set_msi()` does.
+    ///
+    /// Raises:
+    ///     ValueError, OverflowError, TypeError: this is no MSI, or `route` is no route.
+    ///     ClosedError: the batch is closed.
+    #[pyo3(signature = (route, address, data=None))]
+    fn set_msi(
+        &self,
+        route: &Bound<'_, IrqFdRoute>,
+        address: &Bound<'_, PyAny>,
+        data: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let msi = arguments::msi(address, data)?;
+        self.edit(route, |batch, route| batch.set_msi(route, msi))
+    }
+
+    /// Clears a route's MSI, as `IrqFdRoute.clear_msi()` does.
+    fn clear_msi(&self, route: &Bound<'_, IrqFdRoute>) -> PyResult<()> {
+        self.edit(route, irqfd::Batch::clear_msi)
+    }
+
+    /// Masks a route, as `IrqFdRoute.mask()` does.
+    fn mask(&self, route: &Bound<'_, IrqFdRoute>) -> PyResult<()> {
+        self.edit(route, irqfd::Batch::mask)
+    }
+
+    /// Unmasks a route, as `IrqFdRoute.unmask()` does.
+    fn unmask(&self, route: &Bound<'_, IrqFdRoute>) -> PyResult<()> {
+        self.edit(route, irqfd::Batch::unmask)
+    }
+
+    /// Makes the changes: disarms, pushes once if any entry changed, arms. If anything is refused, all is as
+    /// before. The batch is closed either way.
+    ///
+    /// Raises:
+    ///     ClosedError: the batch, its partition or one of its routes is closed.
+    ///     ValueError: a route belongs to another partition.
+    ///     RouteBrokenError: a route is broken.
+    ///     MissingVpError: no VP has a destination's APIC id.
+    ///     RoutingError, IrqFdError: the kernel refused.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        let Open { batch, routes } = self.take(py).ok_or_else(spent)?;
+        let result = py.detach(|| batch.commit());
+        drop(routes);
+        Ok(result?)
+    }
+
+    /// The partition whose routes it changes.
+    #[getter]
+    fn partition(&self, py: Python<'_>) -> Py<Partition> {
+        self.partition.clone_ref(py)
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exception_type: &Bound<'_, PyAny>,
+        _exception: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let committed = self.open.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).is_none();
+        if !exception_type.is_none() {
+            drop(self.take(py));
+        } else if !committed {
+            self.commit(py)?;
+        }
+        Ok(())
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        match &*self.open.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner) {
+            Some(open) => format!("<Batch of {} routes>", open.batch.len()),
+            None => "<Batch closed>".into(),
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! `EventFd` in Python.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+use super::arguments;
+use super::errors::{ClosedError, bad_integer};
+use super::route::IrqFdRoute;
+use crate::hypervisor::event;
+use crate::hypervisor::{CallError, Operation};
+use crate::irqfd::{Error, Failure};
+
+/// An eventfd: a counter that one side adds to and the other empties.
+///
+/// `EventFd()` makes one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates one, and
+/// `IrqFdRoute.event` is a view of a route's. Has `fileno()`, so it works with `selectors` and asyncio.
+///
+/// Threads may share it. It works in a forked child, on the same counter as in the parent.
+///
+/// Raises:
+///     IrqFdError: no descriptor is left (EMFILE).
+///
+/// Example:
+///     >>> with EventFd() as event:
+///     ...     event.signal()
+///     ...     event.signal(2)
+///     ...     event.consume()
+///     3
+#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
+pub(crate) struct EventFd {
+    source: Source,
+    closed: AtomicBool,
+}
+
+enum Source {
+    Own(event::EventFd),
+    /// Keeps the route alive, and reads under its lock.
+    View(Py<IrqFdRoute>),
+}
+
+fn failed(call: &'static str, error: &std::io::Error) -> Error {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    Failure::new(CallError::new(Operation::Event, call, errno), None).into()
+}
+
+impl EventFd {
+    fn check(&self) -> PyResult<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(ClosedError::new_err("the EventFd is closed"));
+        }
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl EventFd {
+    /// `_source` is for `from_fd` and `IrqFdRoute.event`, which make objects of this class's Python half.
+    #[new]
+    #[pyo3(signature = (_source=None))]
+    fn new(_source: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let source = match _source {
+            None => Source::Own(event::EventFd::new().map_err(|error| failed("eventfd2", &error))?),
+            Some(source) => match source.cast::<IrqFdRoute>() {
+                Ok(route) => Source::View(route.clone().unbind()),
+                Err(_) => {
+                    let fd = arguments::descriptor(source)?;
+                    Source::Own(event::EventFd::adopt(fd).map_err(Error::from)?)
+                }
+            },
+        };
+        Ok(Self { source, closed: AtomicBool::new(false) })
+    }
+
+    /// Duplicates a caller's eventfd (an int, or an object with `fileno()`), which stays the caller's to close.
+    ///
+    /// Raises:
+    ///     ValueError: it is another kind of file, or an eventfd in semaphore mode.
+    ///     IrqFdError: it is not open (EBADF), or no descriptor is left (EMFILE).
+    #[classmethod]
+    fn from_fd<'py>(class: &Bound<'py, PyType>, fd: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        class.call1((arguments::descriptor(fd)?,))
+    }
+
+    /// The descriptor. Readable while something is pending and no kernel or thread has taken it.
+    ///
+    /// Raises:
+    ///     ClosedError: it is closed.
+    fn fileno(&self) -> PyResult<RawFd> {
+        self.check()?;
+        match &self.source {
+            Source::Own(event) => Ok(event.as_raw_fd()),
+            Source::View(route) => Ok(route.get().route.fileno()?),
+        }
+    }
+
+    /// Adds to the counter. Never waits: a counter too full to take `n` stays as it is, and pending.
+    ///
+    /// Args:
+    ///     n: 1 to 2**64 - 2.
+    ///
+    /// Raises:
+    ///     ValueError, OverflowError: `n` is out of range.
+    ///     ClosedError: it is closed.
+    #[pyo3(signature = (n=None))]
+    fn signal(&self, py: Python<'_>, n: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.check()?;
+        let range = "give 1 to 2**64 - 2";
+        let n = match n {
+            None => 1,
+            Some(value) => match value.extract::<u64>().map_err(|error| bad_integer(&error, value, "n", range))? {
+                0 | u64::MAX => return Err(PyValueError::new_err(format!("n {value} is out of range; {range}"))),
+                n => n,
+            },
+        };
+        match &self.source {
+            Source::Own(event) => {
+                let write = || event.signal(n).map_err(|error| failed("write", &error));
+                Ok(if event.may_block() { py.detach(write) } else { write() }?)
+            }
+            Source::View(route) => route.get().signal_times(py, n),
+        }
+    }
+
+    /// Empties the counter.
+    ///
+    /// Returns:
+    ///     What it held; 0 if nothing was pending. On a view of an armed route 0: nothing is pending there.
+    ///
+    /// Raises:
+    ///     ClosedError: it is closed.
+    fn consume(&self, py: Python<'_>) -> PyResult<u64> {
+        self.check()?;
+        match &self.source {
+            Source::Own(event) => Ok(event.consume().map_err(|error| failed("preadv2", &error))?),
+            Source::View(route) => {
+                let route = route.get();
+                Ok(py.detach(|| route.route.take_pending())?)
+            }
+        }
+    }
+
+    /// Gives up the descriptor. Closing twice is fine; closing a view leaves the route its own.
+    fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        if let Source::Own(event) = &self.source {
+            event.close();
+        }
+    }
+
+    /// Whether it is closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether a finalizer has something to warn of.
+    fn _is_left_open(&self) -> bool {
+        !self.closed() && matches!(self.source, Source::Own(_))
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, _exception: &Bound<'_, PyAny>) {
+        self.close();
+    }
+
+    fn __repr__(&self) -> String {
+        match (&self.source, self.closed()) {
+            (_, true) => "<EventFd closed>".into(),
+            (Source::Own(event), _) => format!("<EventFd fd={}>", event.as_raw_fd()),
+            (Source::View(route), _) => match route.get().route.fileno() {
+                Ok(fd) => format!("<EventFd fd={fd} of the route of GSI {}>", route.get().route.gsi()),
+                Err(_) => "<EventFd of a closed route>".into(),
+            },
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The faces of the core in Python: arguments are converted, the interpreter is let go, the core is called, errors
+//! become exceptions. No rule of the package is decided here.
+
+mod arguments;
+pub(crate) mod batch;
+mod errors;
+pub(crate) mod event;
+pub(crate) mod msi;
+pub(crate) mod partition;
+pub(crate) mod route;
+mod values;

@@ -1,0 +1,228 @@
+//! `IrqFdRoute` in Python.
+
+use std::os::fd::RawFd;
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+
+use super::partition::Partition;
+use super::{arguments, msi, values};
+use crate::irqfd;
+
+/// A route: one GSI, one eventfd, and the MSI that a signal on it becomes.
+///
+/// Made by `Partition.new_irqfd_route()`, unmasked and without an MSI. Whoever has the eventfd (a device model,
+/// VFIO, vhost) signals it, and the kernel raises the MSI in the guest. A signal that comes while the route is not
+/// armed (masked, without an MSI, or about to be armed again) stays in the eventfd; arming then raises one
+/// interrupt for all that is pending.
+///
+/// Threads may share a route; its properties are read without waiting. Close it, or use `with`. In a forked child
+/// only `signal()` and `fileno()` work; the rest raises `ForkedError`.
+///
+/// Raises:
+///     ClosedError: from nearly everything, once it is closed.
+///     RouteBrokenError: from everything that would change it, once it is broken (`GsiState.BROKEN`).
+///
+/// Example:
+///     >>> partition = open_partition("simulated")
+///     >>> route = partition.new_irqfd_route()
+///     >>> route.set_msi(0xFEE00000, 0x41)
+///     >>> route
+///     <IrqFdRoute gsi=24 ENABLED 0xfee00000/0x0041 (vector 0x41 to APIC 0)>
+///     >>> partition.close()
+#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
+pub(crate) struct IrqFdRoute {
+    pub(super) route: irqfd::IrqFdRoute,
+    partition: Py<Partition>,
+}
+
+impl IrqFdRoute {
+    pub(super) fn signal_times(&self, py: Python<'_>, n: u64) -> PyResult<()> {
+        let write = || self.route.signal(n);
+        Ok(if self.route.signal_may_block() { py.detach(write) } else { write() }?)
+    }
+}
+
+#[pymethods]
+impl IrqFdRoute {
+    #[new]
+    fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<RawFd>) -> PyResult<Self> {
+        let core = &partition.get().core;
+        let route = match event {
+            // Makes an eventfd and waits for the partition's lock.
+            None => py.detach(|| core.new_route(None))?,
+            Some(fd) => py.detach(|| core.new_route(Some(fd)))?,
+        };
+        Ok(Self { route, partition: partition.clone().unbind() })
+    }
+
+    /// The GSI, an int. Another route may have it once this one is closed.
+    #[getter]
+    fn gsi(&self) -> u32 {
+        self.route.gsi()
+    }
+
+    /// The partition that the route belongs to.
+    #[getter]
+    fn partition(&self, py: Python<'_>) -> Py<Partition> {
+        self.partition.clone_ref(py)
+    }
+
+    /// A view of the route's eventfd. Closing the view does not close the route's descriptor.
+    #[getter]
+    fn event<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        slf.get().route.fileno()?;
+        CLASS.import(slf.py(), "mshv_irqfd.handles", "EventFd")?.call1((slf,))
+    }
+
+    /// The descriptor of the eventfd, for `selectors`, asyncio, or whoever signals. It is readable only while the
+    /// route is not armed: the kernel empties an armed one before anybody sees it.
+    fn fileno(&self) -> PyResult<RawFd> {
+        Ok(self.route.fileno()?)
+    }
+
+    /// Raises the interrupt now if the route is armed, else leaves the signal pending. Never waits; a full counter
+    /// is pending already.
+    ///
+    /// Raises:
+    ///     ClosedError: the route is closed.
+    fn signal(&self, py: Python<'_>) -> PyResult<()> {
+        self.signal_times(py, 1)
+    }
+
+    /// Sets what a signal becomes, and arms the route unless it is masked. An MSI set while masked is kept and
+    /// pushed by `unmask()`. Setting what is set already does nothing.
+    ///
+    /// Args:
+    ///     address: an `MsiRoute`, or the address of an MSI (see there for the rules of both).
+    ///     data: the data of the MSI, unless an `MsiRoute` is given.
+    ///
+    /// Raises:
+    ///     ValueError, OverflowError, TypeError: this is no MSI; the message names the value and the rule.
+    ///     MissingVpError: no VP has the destination's APIC id.
+    ///     RoutingError, IrqFdError: the kernel refused; everything is as it was.
+    #[pyo3(signature = (address, data=None))]
+    fn set_msi(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let msi = arguments::msi(address, data)?;
+        Ok(py.detach(|| self.route.set_msi(msi))?)
+    }
+
+    /// Disarms the route and forgets its MSI. The entry leaves the kernel's table with the next push.
+    ///
+    /// Raises:
+    ///     IrqFdError: the kernel refused; everything is as it was.
+    fn clear_msi(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.route.clear_msi())?)
+    }
+
+    /// Disarms the route until `unmask()`, whatever MSI is set meanwhile. Never pushes.
+    ///
+    /// Raises:
+    ///     IrqFdError: the kernel refused; everything is as it was.
+    fn mask(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.route.mask())?)
+    }
+
+    /// Ends `mask()`: arms the route if it has an MSI, with one interrupt if anything is pending. Pushes only if
+    /// the MSI changed meanwhile.
+    ///
+    /// Raises:
+    ///     MissingVpError: no VP has the destination's APIC id.
+    ///     RoutingError, IrqFdError: the kernel refused; everything is as it was.
+    fn unmask(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.route.unmask())?)
+    }
+
+    /// Whether `mask()` is in force.
+    #[getter]
+    fn masked(&self) -> PyResult<bool> {
+        Ok(self.route.masked()?)
+    }
+
+    /// Whether a signal becomes an interrupt now.
+    #[getter]
+    fn armed(&self) -> PyResult<bool> {
+        Ok(self.route.armed()?)
+    }
+
+    /// The MSI that is set, masked or not; None if none is.
+    #[getter]
+    fn msi(&self) -> PyResult<Option<msi::MsiRoute>> {
+        Ok(self.route.msi()?.map(msi::MsiRoute))
+    }
+
+    /// `GsiState.ENABLED` exactly while armed, `DISABLED` while not, `BROKEN` when a failed call could not be
+    /// undone.
+    #[getter]
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        values::gsi_state(py, self.route.state()?)
+    }
+
+    /// Whether a signal waits for the route to be armed. False while it is armed.
+    #[getter]
+    fn pending(&self) -> PyResult<bool> {
+        Ok(self.route.pending()?)
+    }
+
+    /// Takes what is pending, so that arming will not raise it.
+    ///
+    /// Returns:
+    ///     Whether anything was pending. False, without reading, while armed.
+    fn consume_pending(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(py.detach(|| self.route.consume_pending())?)
+    }
+
+    /// Disarms the route, gives its GSI back and closes its descriptor. Never pushes. Closing twice is fine.
+    ///
+    /// Raises:
+    ///     IrqFdError: the irqfd could not be disarmed; the route is closed all the same and its GSI set aside.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.route.close())?)
+    }
+
+    /// Whether it is closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.route.is_closed()
+    }
+
+    /// Whether a finalizer has something to warn of: not in a forked child.
+    fn _is_left_open(&self) -> bool {
+        !self.route.is_closed() && self.route.partition().check_owner().is_ok()
+    }
+
+    /// What a finalizer does: closes, or in a forked child gives up the descriptor and nothing else.
+    fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.route.abandon())?)
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    /// Closes; in a forked child, where close() is refused, only gives up the descriptor.
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
+        self._abandon(py)
+    }
+
+    fn __repr__(&self) -> String {
+        let gsi = self.route.gsi();
+        let (Ok(state), Ok(masked), Ok(msi)) = (self.route.state(), self.route.masked(), self.route.msi()) else {
+            return format!("<IrqFdRoute gsi={gsi} closed>");
+        };
+        let state = match state {
+            irqfd::GsiState::Enabled => "ENABLED",
+            irqfd::GsiState::Broken => "BROKEN",
+            _ => "DISABLED",
+        };
+        format!(
+            "<IrqFdRoute gsi={gsi} {state}{} {}{}>",
+            if masked { " masked" } else { "" },
+            msi.map_or_else(|| "no MSI".into(), msi::describe),
+            if self.route.pending().unwrap_or(false) { " pending" } else { "" },
+        )
+    }
+}
