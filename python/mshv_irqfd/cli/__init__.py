@@ -1,1 +1,21 @@
-def main() -> int: return 0
+"""The console script `mshv-irqfd`: one module a subcommand."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mshv_irqfd.cli import demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="mshv-irqfd", description="irqfd and MSI routing on the Microsoft Hypervisor, KVM and a simulated kernel."
+    )
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (demo,):
+        module.add_parser(subcommands)
+    options = parser.parse_args(arguments)
+    result: int = options.run(options)
+    return result

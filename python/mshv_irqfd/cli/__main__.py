@@ -1,0 +1,7 @@
+"""`python -m mshv_irqfd.cli`, for where the console script is not on the path."""
+
+import sys
+
+from mshv_irqfd.cli import main
+
+sys.exit(main())
