@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, overload
 
 from mshv_irqfd import _core
 from mshv_irqfd.errors import HypervisorUnavailableError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from os import PathLike
 
     from mshv_irqfd._core import HasFileno
@@ -19,7 +19,7 @@ DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs above those that are the IOAPIC's pins by custom."""
 
 
-class EventFd(_core.EventFd):
+class EventFd(_core.EventFd):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.EventFd.__doc__
     __slots__ = ()
 
@@ -31,7 +31,7 @@ class EventFd(_core.EventFd):
                 self.close()
 
 
-class IrqFdRoute(_core.IrqFdRoute):
+class IrqFdRoute(_core.IrqFdRoute):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IrqFdRoute.__doc__
     __slots__ = ()
 
@@ -43,7 +43,7 @@ class IrqFdRoute(_core.IrqFdRoute):
                 self._abandon()
 
 
-class Partition(_core.Partition):
+class Partition(_core.Partition):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()
 

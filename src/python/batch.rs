@@ -102,8 +102,9 @@ impl Batch {
         self.edit(route, irqfd::Batch::unmask)
     }
 
-    /// Makes the changes: disarms, pushes once if any entry changed, arms. If anything is refused, all is as
-    /// before. The batch is closed either way.
+    /// Makes the changes: disarms, pushes once if any entry changed, arms.
+    ///
+    /// If anything is refused, all is as before. The batch is closed either way.
     ///
     /// Raises:
     ///     ClosedError: the batch, its partition or one of its routes is closed.

@@ -210,7 +210,7 @@ impl Partition {
         Ok(Self { core, observer, routes: Mutex::default() })
     }
 
-    /// "mshv", "kvm" or "simulated".
+    /// Which kernel it stands on: "mshv", "kvm" or "simulated".
     #[getter]
     fn backend(&self) -> &'static str {
         self.core.config().backend.name()
@@ -229,8 +229,9 @@ impl Partition {
         self.core.config().quiesce
     }
 
-    /// The indexes of the VPs, which are their APIC ids, in a tuple; None if they are not known (an adopted
-    /// partition whose VPs were not named).
+    /// The indexes of the VPs, which are their APIC ids, in a tuple.
+    ///
+    /// None if they are not known: an adopted partition whose VPs were not named.
     #[getter]
     fn vps<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
         let vps = py.detach(|| self.core.vps())?;
@@ -331,8 +332,9 @@ impl Partition {
         values::gsi_state(py, py.detach(|| self.core.gsi_state(number))?)
     }
 
-    /// Our record of the MSI entries that the kernel holds, by GSI: no kernel can be asked. Entries on which nothing
-    /// is armed may be among them; the next push takes those out that no route has.
+    /// Our record of the MSI entries that the kernel holds, by GSI: no kernel can be asked.
+    ///
+    /// Entries on which nothing is armed may be among them; the next push takes those out that no route has.
     fn routing_table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let table = py.detach(|| self.core.routing_table())?;
         let entries: PyResult<Vec<_>> =

@@ -77,14 +77,16 @@ impl IrqFdRoute {
         CLASS.import(slf.py(), "mshv_irqfd.handles", "EventFd")?.call1((slf,))
     }
 
-    /// The descriptor of the eventfd, for `selectors`, asyncio, or whoever signals. It is readable only while the
-    /// route is not armed: the kernel empties an armed one before anybody sees it.
+    /// The descriptor of the eventfd, for `selectors`, asyncio, or whoever signals.
+    ///
+    /// It is readable only while the route is not armed: the kernel empties an armed one before anybody sees it.
     fn fileno(&self) -> PyResult<RawFd> {
         Ok(self.route.fileno()?)
     }
 
-    /// Raises the interrupt now if the route is armed, else leaves the signal pending. Never waits; a full counter
-    /// is pending already.
+    /// Raises the interrupt now if the route is armed, else leaves the signal pending.
+    ///
+    /// Never waits; a full counter is pending already. Works in a forked child.
     ///
     /// Raises:
     ///     ClosedError: the route is closed.
@@ -92,8 +94,9 @@ impl IrqFdRoute {
         self.signal_times(py, 1)
     }
 
-    /// Sets what a signal becomes, and arms the route unless it is masked. An MSI set while masked is kept and
-    /// pushed by `unmask()`. Setting what is set already does nothing.
+    /// Sets what a signal becomes, and arms the route unless it is masked.
+    ///
+    /// An MSI set while masked is kept and pushed by `unmask()`. Setting what is set already does nothing.
     ///
     /// Args:
     ///     address: an `MsiRoute`, or the address of an MSI (see there for the rules of both).
@@ -125,8 +128,9 @@ impl IrqFdRoute {
         Ok(py.detach(|| self.route.mask())?)
     }
 
-    /// Ends `mask()`: arms the route if it has an MSI, with one interrupt if anything is pending. Pushes only if
-    /// the MSI changed meanwhile.
+    /// Ends `mask()`: arms the route if it has an MSI, with one interrupt if anything is pending.
+    ///
+    /// Pushes only if the MSI changed meanwhile.
     ///
     /// Raises:
     ///     MissingVpError: no VP has the destination's APIC id.
@@ -153,8 +157,9 @@ impl IrqFdRoute {
         Ok(self.route.msi()?.map(msi::MsiRoute))
     }
 
-    /// `GsiState.ENABLED` exactly while armed, `DISABLED` while not, `BROKEN` when a failed call could not be
-    /// undone.
+    /// What the route's GSI is used for now, a `GsiState`.
+    ///
+    /// `ENABLED` exactly while armed, `DISABLED` while not, `BROKEN` when a failed call could not be undone.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         values::gsi_state(py, self.route.state()?)
