@@ -11,5 +11,7 @@ mod python;
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use crate::python::{batch::Batch, event::EventFd, msi::MsiRoute, partition::Partition, route::IrqFdRoute};
+    use crate::python::{
+        batch::Batch, event::EventFd, msi::MsiRoute, partition::Partition, probe::RawPartition, route::IrqFdRoute,
+    };
 }

@@ -12,7 +12,7 @@ from mshv_irqfd.handles import IrqFdRoute as PublicIrqFdRoute
 from mshv_irqfd.handles import Partition as PublicPartition
 from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats, RoutingEntry
 
-__all__: Final = ["Batch", "EventFd", "IrqFdRoute", "MsiRoute", "Partition"]
+__all__: Final = ["Batch", "EventFd", "IrqFdRoute", "MsiRoute", "Partition", "RawPartition"]
 
 @type_check_only
 class HasFileno(Protocol):
@@ -388,7 +388,7 @@ class Partition:
     ) -> Self: ...
     @property
     def backend(self) -> str:
-        """ "mshv", "kvm" or "simulated"."""
+        """Which kernel it stands on: "mshv", "kvm" or "simulated"."""
 
     @property
     def gsis(self) -> range:
@@ -482,3 +482,28 @@ class Partition:
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
+
+@final
+class RawPartition:
+    """A partition with VP 0, on which ioctls are made bare and no rule is kept; for `mshv-irqfd probe` alone."""
+
+    def __new__(cls, backend: str, device: str | PathLike[str]) -> Self: ...
+    def set_routing(self, table: list[tuple[int, int, int]]) -> None:
+        """Pushes a table of (GSI, address, data); raises OSError where the kernel refuses."""
+
+    def irqfd(self, event: int, gsi: int, *, deassign: bool = False, resample: int | None = None) -> None:
+        """Assigns or deassigns an irqfd; raises OSError where the kernel refuses."""
+
+    def take_vectors(self) -> list[int] | None:
+        """Takes the vectors out of KVM's local APIC; None on mshv."""
+
+    def push_while_signalling(
+        self, table: list[tuple[int, int, int]], event: int, gsi: int, quiesce: bool, seconds: float
+    ) -> tuple[int, int]:
+        """Pushes a table again and again while another thread signals; returns the numbers of pushes and signals."""
+
+    def fileno(self) -> int:
+        """The partition's descriptor."""
+
+    def close(self) -> None:
+        """Gives up the partition."""

@@ -107,7 +107,7 @@ impl KvmPartition {
 }
 
 /// The entries that KVM makes for an irqchip (arch/x86/kvm/irq.c, `default_routing`).
-fn pins() -> Vec<kvm_irq_routing_entry> {
+pub(super) fn pins() -> Vec<kvm_irq_routing_entry> {
     let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
@@ -127,9 +127,15 @@ fn pins() -> Vec<kvm_irq_routing_entry> {
 }
 
 fn msi_entry(gsi: u32, msi: RawMsi) -> kvm_irq_routing_entry {
+    wide_msi_entry(gsi, msi.address.into(), msi.data)
+}
+
+/// An entry with an address of 64 bits, which KVM takes though no x86 MSI has one.
+pub(super) fn wide_msi_entry(gsi: u32, address: u64, data: u32) -> kvm_irq_routing_entry {
     // All 32 bytes of the union go to the kernel, so all are set.
     let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
-    u.msi = kvm_irq_routing_msi { address_lo: msi.address, address_hi: 0, data: msi.data, ..Default::default() };
+    let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+    u.msi = kvm_irq_routing_msi { address_lo, address_hi, data, ..Default::default() };
     kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
 }
 

@@ -8,6 +8,7 @@ pub mod event;
 pub mod kvm;
 pub mod mshv;
 pub mod owner;
+pub mod raw;
 pub mod simulated;
 mod table;
 

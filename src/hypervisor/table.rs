@@ -23,6 +23,11 @@ pub(super) struct Table<E> {
     entries: PhantomData<E>,
 }
 
+/// The words of a table with just these entries, right or wrong.
+pub(super) fn image<E: Copy>(entries: &[E]) -> Vec<u64> {
+    Table::new(entries).words
+}
+
 impl<E: Copy> Table<E> {
     const WORDS: usize = {
         assert!(size_of::<E>().is_multiple_of(8) && align_of::<E>() <= 8);

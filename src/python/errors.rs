@@ -1,6 +1,6 @@
 //! The core's errors as the exceptions that `mshv_irqfd.errors` defines.
 
-use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -34,6 +34,14 @@ impl From<Error> for PyErr {
             }
             Error::Msi(_) | Error::Adopt(_) | Error::Invalid(_) => PyValueError::new_err(text),
         }
+    }
+}
+
+/// An `OSError` of an errno, which the conversion that comes with PyO3 would leave out.
+pub(super) fn plain_os_error(error: &std::io::Error) -> PyErr {
+    match error.raw_os_error() {
+        Some(errno) => PyOSError::new_err((errno, std::io::Error::from_raw_os_error(errno).to_string())),
+        None => PyOSError::new_err(error.to_string()),
     }
 }
 

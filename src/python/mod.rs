@@ -7,5 +7,6 @@ mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;
 pub(crate) mod partition;
+pub(crate) mod probe;
 pub(crate) mod route;
 mod values;

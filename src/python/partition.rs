@@ -11,7 +11,7 @@ use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyList, PyRange, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
 
 use super::batch::Batch;
-use super::errors::{ClosedError, bad_integer, unavailable};
+use super::errors::{ClosedError, bad_integer, plain_os_error, unavailable};
 use super::route::IrqFdRoute;
 use super::{arguments, values};
 use crate::hypervisor::kvm::{self, KvmPartition, KvmVcpus};
@@ -447,7 +447,7 @@ impl Partition {
                     }
                     taken
                 });
-                Ok(taken?)
+                taken.map_err(|error| plain_os_error(&error))
             }
             Observer::None => Err(PyTypeError::new_err("the mshv driver does not tell which interrupts arrived")),
         }

@@ -1,0 +1,48 @@
+"""`mshv-irqfd probe`: finds what the package expects, says so when a kernel differs, and needs a kernel."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mshv_irqfd.cli import main, probe
+
+DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
+INTERRUPTS = Path("/dev/hvstub")
+
+
+def arguments(backend: str) -> list[str]:
+    if not DEVICE[backend].exists():
+        pytest.skip(f"needs {DEVICE[backend]}" + (": run `make lab`" if backend == "mshv" else ""))
+    if backend == "mshv" and INTERRUPTS.exists():
+        return ["probe", "--backend", backend, "--interrupts", str(INTERRUPTS)]
+    return ["probe", "--backend", backend]
+
+
+@pytest.mark.parametrize("backend", DEVICE)
+def test_the_kernel_is_as_the_package_expects(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main([*arguments(backend), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [row for row in report["rows"] if row["differs"]] == []
+    assert status == 0
+    assert report["backend"] == backend
+    assert len(report["rows"]) == len(probe.ROWS)
+
+
+@pytest.mark.parametrize("backend", DEVICE)
+def test_a_kernel_that_behaves_otherwise_is_reported_with_the_row(
+    backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments(backend)
+    (row,) = [row for row in probe.ROWS if row.done == "one eventfd on two GSIs"]
+    monkeypatch.setattr(probe, "ROWS", [replace(row, mshv="accepted", kvm="accepted")])
+    assert main(words) == 1
+    assert "DIFFERS one eventfd on two GSIs" in capsys.readouterr().out
+
+
+def test_without_a_device_the_probe_says_which_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "--backend", "kvm", "--device", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
