@@ -15,6 +15,12 @@ pub fn duplicate(fd: RawFd) -> io::Result<RawFd> {
     }
 }
 
+/// A duplicate with an owner, for a descriptor that nobody else learns of.
+pub fn owned_duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the duplicate was just made and belongs to nobody else.
+    duplicate(fd).map(|own| unsafe { OwnedFd::from_raw_fd(own) })
+}
+
 /// Closes, unless somebody else has: a descriptor closed behind our back must not end the process, which
 /// dropping an `OwnedFd` does where the standard library checks (debug assertions).
 pub fn close(fd: RawFd) {

@@ -62,6 +62,9 @@ impl EventFd {
             let what = descriptor::link(own).unwrap_or_else(|_| "another kind of file".into());
             return Err(AdoptError::NotEventFd { fd, what });
         }
+        // Read now, while the number is surely ours.
+        let id = info.field("eventfd-id");
+        event.id.get_or_init(|| id);
         // The field is there since Linux 6.5; before, semaphore mode can't be told.
         if info.field("eventfd-semaphore") == Some(1) {
             return Err(AdoptError::Semaphore { fd });
@@ -135,7 +138,7 @@ impl EventFd {
     /// which is all that a kernel looks at. Does not wait for room, even in blocking mode.
     pub fn signal(&self, n: u64) -> io::Result<()> {
         self.using(|fd| {
-            if self.foreign && !ready(fd, libc::POLLOUT)? {
+            if self.foreign && !self.has_room(fd, n)? {
                 return Ok(());
             }
             // SAFETY: eight bytes of a live value.
@@ -146,6 +149,14 @@ impl EventFd {
             let error = io::Error::last_os_error();
             if error.kind() == io::ErrorKind::WouldBlock { Ok(()) } else { Err(error) }
         })
+    }
+
+    /// Whether the counter can take `n` more, which a write to a file in blocking mode would wait for.
+    fn has_room(&self, fd: RawFd, n: u64) -> io::Result<bool> {
+        match n {
+            1 => ready(fd, libc::POLLOUT),
+            _ => Ok(self.info()?.field("eventfd-count").is_none_or(|count| u64::MAX - count > n)),
+        }
     }
 
     /// Takes what is pending out of the counter; 0 if nothing is. Never waits: RWF_NOWAIT, whatever mode the
@@ -242,6 +253,9 @@ mod tests {
         event.signal(u64::MAX - 1).unwrap();
         event.signal(1).unwrap();
         assert_eq!(event.consume().unwrap(), u64::MAX - 1);
+        event.signal(u64::MAX - 100).unwrap();
+        event.signal(200).unwrap();
+        assert_eq!(event.consume().unwrap(), u64::MAX - 100);
         descriptor::close(fd);
     }
 

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,16 +11,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVMIO, kvm_irq_routing, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irqchip, kvm_lapic_state,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irqchip, kvm_irqfd, kvm_lapic_state,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vmm_sys_util::ioctl::ioctl_with_ptr;
+use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
 use super::event::EventFd;
 use super::table::Table;
 use super::{CallError, CallResult, Hypervisor, Interrupt, Operation, RawMsi, descriptor};
 
 vmm_sys_util::ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, kvm_irq_routing);
+vmm_sys_util::ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, kvm_irqfd);
 
 /// The device node of KVM.
 pub const DEVICE: &str = "/dev/kvm";
@@ -45,6 +46,7 @@ pub struct KvmPartition {
     vm: Option<VmFd>,
     vcpus: Arc<KvmVcpus>,
     table: Table<kvm_irq_routing_entry>,
+    has_pins: bool,
 }
 
 /// The virtual CPUs, whose local APICs tell what has arrived while nothing runs them.
@@ -72,28 +74,23 @@ impl KvmPartition {
         let kvm = open_device(device)?;
         let vm = kvm.create_vm().map_err(|error| failed(Operation::Open, "KVM_CREATE_VM", error))?;
         vm.create_irq_chip().map_err(|error| failed(Operation::Open, "KVM_CREATE_IRQCHIP", error))?;
-        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&pins()) })
+        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&pins()), has_pins: true })
     }
 
     /// Stands on a duplicate of a VM's descriptor. `keep` stays in every table pushed, and so do the pins of
     /// interrupt controllers that are in the kernel. `device` is asked for the size of a vCPU's run area.
-    pub fn adopt(device: &Path, fd: RawFd, keep: &[(u32, RawMsi)]) -> CallResult<Self> {
+    pub fn adopt(device: &Path, fd: OwnedFd, keep: &[(u32, RawMsi)]) -> CallResult<Self> {
         let kvm = open_device(device)?;
-        let own = descriptor::duplicate(fd).map_err(|error| {
-            CallError::new(Operation::Open, "fcntl (F_DUPFD_CLOEXEC)", error.raw_os_error().unwrap_or(libc::EBADF))
-        })?;
-        // SAFETY: the duplicate belongs to nobody else; the caller has seen that it is a VM.
-        let vm = unsafe { kvm.create_vmfd_from_rawfd(own) }.map_err(|error| {
-            descriptor::close(own);
+        let fd = fd.into_raw_fd();
+        // SAFETY: nobody else owns the descriptor.
+        let vm = unsafe { kvm.create_vmfd_from_rawfd(fd) }.map_err(|error| {
+            descriptor::close(fd);
             failed(Operation::Open, "KVM_GET_VCPU_MMAP_SIZE", error)
         })?;
-        // A VM whose controllers are in user space ("split irqchip") has no pins in its table.
-        let mut fixed = match vm.get_irqchip(&mut kvm_irqchip::default()) {
-            Ok(()) => pins(),
-            Err(_) => Vec::new(),
-        };
+        let has_pins = has_irqchip(&vm)?;
+        let mut fixed = if has_pins { pins() } else { Vec::new() };
         fixed.extend(keep.iter().map(|(gsi, msi)| msi_entry(*gsi, *msi)));
-        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&fixed) })
+        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&fixed), has_pins })
     }
 
     /// The virtual CPUs made here, to see what arrived.
@@ -106,13 +103,40 @@ impl KvmPartition {
     }
 }
 
+/// Whether a VM's PICs and IOAPIC are in the kernel, with pins in its routing table. Where only the local APICs are
+/// ("split irqchip"), there are none; where nothing is there yet, it is too early to adopt the VM: the controllers
+/// would bring their pins into a table that the next push replaces.
+fn has_irqchip(vm: &VmFd) -> CallResult<bool> {
+    const CALL: &str = "KVM_GET_IRQCHIP";
+    match vm.get_irqchip(&mut kvm_irqchip::default()) {
+        Ok(()) => return Ok(true),
+        Err(error) if error.errno() == libc::ENXIO => {}
+        Err(error) => return Err(failed(Operation::Open, CALL, error)),
+    }
+    // An irqfd without a descriptor is refused for that (EBADF) only where there is a controller to raise it.
+    let nothing = kvm_irqfd { fd: u32::MAX, ..Default::default() };
+    match irqfd(vm, &nothing) {
+        Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(false),
+        _ => Err(CallError::new(Operation::Open, CALL, libc::ENXIO)),
+    }
+}
+
+/// The ioctl for irqfds, with whatever it is given.
+pub(super) fn irqfd(vm: &impl AsRawFd, argument: &kvm_irqfd) -> io::Result<()> {
+    // SAFETY: the structure that KVM_IRQFD reads.
+    match unsafe { ioctl_with_ref(vm, KVM_IRQFD(), argument) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The entries that KVM makes for an irqchip (arch/x86/kvm/irq.c, `default_routing`).
 pub(super) fn pins() -> Vec<kvm_irq_routing_entry> {
-    let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_IRQCHIP,
-        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
-        ..Default::default()
+    let pin = |gsi, irqchip, pin| {
+        // All 32 bytes of the union go to the kernel, so all are set.
+        let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
+        u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
+        kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, u, ..Default::default() }
     };
     (0..PIN_GSIS)
         .flat_map(|gsi| {
@@ -132,7 +156,6 @@ fn msi_entry(gsi: u32, msi: RawMsi) -> kvm_irq_routing_entry {
 
 /// An entry with an address of 64 bits, which KVM takes though no x86 MSI has one.
 pub(super) fn wide_msi_entry(gsi: u32, address: u64, data: u32) -> kvm_irq_routing_entry {
-    // All 32 bytes of the union go to the kernel, so all are set.
     let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
     let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
     u.msi = kvm_irq_routing_msi { address_lo, address_hi, data, ..Default::default() };
@@ -161,9 +184,7 @@ impl Hypervisor for KvmPartition {
     fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
         const CALL: &str = "KVM_IRQFD";
         let vm = self.vm(Operation::AssignIrqfd, CALL)?;
-        let failed = |error| failed(Operation::AssignIrqfd, CALL, error);
-        vm.register_irqfd(event.as_ref().as_ref(), gsi).map_err(failed)?;
-        super::drain_assigned(event, || vm.unregister_irqfd(event.as_ref().as_ref(), gsi).map_err(failed))
+        vm.register_irqfd(event.as_ref().as_ref(), gsi).map_err(|error| failed(Operation::AssignIrqfd, CALL, error))
     }
 
     fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
@@ -182,6 +203,10 @@ impl Hypervisor for KvmPartition {
         vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
         self.vcpus.lock().push(vcpu);
         Ok(())
+    }
+
+    fn has_pins(&self) -> bool {
+        self.has_pins
     }
 
     fn fd(&self) -> Option<RawFd> {
@@ -239,7 +264,9 @@ impl fmt::Debug for KvmVcpus {
 
 impl Drop for KvmVcpus {
     fn drop(&mut self) {
-        self.lock().drain(..).for_each(descriptor::drop_if_open);
+        // No lock: a forked child could find it held for good.
+        let vcpus = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        vcpus.drain(..).for_each(descriptor::drop_if_open);
     }
 }
 

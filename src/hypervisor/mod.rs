@@ -13,7 +13,6 @@ pub mod simulated;
 mod table;
 
 use std::fmt;
-use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -126,20 +125,9 @@ impl Backend {
         }
     }
 
-    /// GSIs that an MSI route may have. KVM's first 24 are the IOAPIC's pins, which an MSI can't share.
-    pub fn allowed_gsis(self) -> Range<u32> {
-        match self {
-            Self::Kvm => kvm::PIN_GSIS..MAX_GSIS,
-            Self::Mshv | Self::Simulated => 0..MAX_GSIS,
-        }
-    }
-
-    /// How many MSI entries fit in one table.
-    pub fn max_entries(self) -> usize {
-        match self {
-            Self::Kvm => MAX_GSIS as usize - kvm::PIN_ENTRIES,
-            Self::Mshv | Self::Simulated => MAX_GSIS as usize,
-        }
+    /// Whether the tables of partitions made here start with the pins of an IOAPIC and two PICs.
+    pub fn has_pins(self) -> bool {
+        matches!(self, Self::Kvm)
     }
 
     /// Whether a push needs all irqfds disarmed around it. The mshv driver rewrites the decoded route of
@@ -171,9 +159,9 @@ impl fmt::Display for Backend {
 /// The caller keeps the promises that the kernels need: an irqfd is assigned only while the kernel's table
 /// has an entry for its GSI, and an event is assigned to one GSI at a time. Implementations do not check.
 ///
-/// `assign` asks for one interrupt if signals were pending, and on return the event's counter holds none of
-/// the signals that this interrupt stands for. After `deassign` signals stay in the event's counter.
-/// Either may be called for an event whose descriptor was closed behind our back: that is an error (EBADF).
+/// `assign` asks for one interrupt if signals were pending; `drain`, called next, takes the signals for which this
+/// interrupt stands out of the event's counter, and none that came later. After `deassign` signals stay there.
+/// Each may be called for an event whose descriptor was closed behind our back: that is an error (EBADF).
 pub trait Hypervisor: Send + fmt::Debug {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi);
     fn drop_entry(&mut self, gsi: u32);
@@ -181,21 +169,19 @@ pub trait Hypervisor: Send + fmt::Debug {
     fn push(&mut self) -> CallResult<usize>;
     fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
     fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
+    /// Both real kernels leave the counter as it was at arming, so it is read here. A signal that comes now is not
+    /// taken with it: the kernel's own handler empties the counter under the eventfd's lock before the signaller's
+    /// write returns (`mshv_irqfd_wakeup`, `irqfd_wakeup`).
+    fn drain(&mut self, event: &EventFd) -> CallResult {
+        let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+        event.consume().map(drop).map_err(|error| CallError::new(Operation::Event, "preadv2", errno(error)))
+    }
     /// Creates the virtual processor with this index, which is also its APIC id.
     fn create_vp(&mut self, index: u8) -> CallResult;
+    /// Whether the first GSIs and entries of a table are those of an interrupt controller's pins.
+    fn has_pins(&self) -> bool {
+        false
+    }
     /// The partition's own descriptor, where it has one.
     fn fd(&self) -> Option<RawFd>;
-}
-
-/// Takes out of the counter what `assign` has just answered with one interrupt, which both kernels leave
-/// there. A signal that comes now is not taken with it: the kernel's own handler empties the counter under
-/// the eventfd's lock before the signaller's write returns. Undoes the assignment if the counter can't be read.
-fn drain_assigned(event: &EventFd, undo: impl FnOnce() -> CallResult) -> CallResult {
-    match event.consume() {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            undo()?;
-            Err(CallError::new(Operation::Event, "preadv2", error.raw_os_error().unwrap_or(libc::EIO)))
-        }
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -63,10 +63,10 @@ impl MshvPartition {
     }
 
     /// Stands on a duplicate of a partition's descriptor. `keep` stays in every table pushed.
-    pub fn adopt(fd: RawFd, keep: &[(u32, RawMsi)]) -> io::Result<Self> {
-        let fd = descriptor::duplicate(fd)?;
+    pub fn adopt(fd: OwnedFd, keep: &[(u32, RawMsi)]) -> Self {
+        let fd = fd.into_raw_fd();
         let keep: Vec<_> = keep.iter().map(|(gsi, msi)| entry(*gsi, *msi)).collect();
-        Ok(Self { vm: Vm::Adopted(fd), fd, table: Table::new(&keep) })
+        Self { vm: Vm::Adopted(fd), fd, table: Table::new(&keep) }
     }
 
     fn irqfd(&self, gsi: u32, event: &EventFd, flags: u32) -> Result<(), i32> {
@@ -101,9 +101,7 @@ impl Hypervisor for MshvPartition {
     }
 
     fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
-        let failed = |errno| CallError::new(Operation::AssignIrqfd, "MSHV_IRQFD", errno);
-        self.irqfd(gsi, event, 0).map_err(failed)?;
-        super::drain_assigned(event, || self.irqfd(gsi, event, 1 << MSHV_IRQFD_BIT_DEASSIGN).map_err(failed))
+        self.irqfd(gsi, event, 0).map_err(|errno| CallError::new(Operation::AssignIrqfd, "MSHV_IRQFD", errno))
     }
 
     fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {

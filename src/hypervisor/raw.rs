@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, KVMIO, kvm_irqfd};
+use kvm_bindings::{KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_irqfd};
 use mshv_bindings::{MSHV_IRQFD_BIT_DEASSIGN, MSHV_IRQFD_BIT_RESAMPLE, mshv_user_irq_entry, mshv_user_irqfd};
 use mshv_ioctls::{MSHV_IRQFD, MSHV_SET_MSI_ROUTING};
 use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
@@ -16,8 +16,6 @@ use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 use super::kvm::{self, KvmPartition};
 use super::mshv::MshvPartition;
 use super::{CallResult, Hypervisor};
-
-vmm_sys_util::ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, kvm_irqfd);
 
 /// A partition with VP 0.
 #[derive(Debug)]
@@ -97,25 +95,24 @@ impl RawPartition {
     pub fn irqfd(&self, irqfd: RawIrqfd) -> io::Result<()> {
         let RawIrqfd { event, gsi, deassign, resample } = irqfd;
         let flag = |condition, bit: u32| if condition { bit } else { 0 };
-        // SAFETY: the structures that the ioctls read.
-        let result = unsafe {
-            match self {
-                Self::Mshv(_) => {
-                    let flags = flag(deassign, 1 << MSHV_IRQFD_BIT_DEASSIGN)
-                        | flag(resample.is_some(), 1 << MSHV_IRQFD_BIT_RESAMPLE);
-                    let argument = mshv_user_irqfd { fd: event, resamplefd: resample.unwrap_or(0), gsi, flags };
-                    ioctl_with_ref(self, MSHV_IRQFD(), &argument)
-                }
-                Self::Kvm(_) => {
-                    let flags =
-                        flag(deassign, KVM_IRQFD_FLAG_DEASSIGN) | flag(resample.is_some(), KVM_IRQFD_FLAG_RESAMPLE);
-                    let resamplefd = resample.unwrap_or(0) as u32;
-                    let argument = kvm_irqfd { fd: event as u32, gsi, flags, resamplefd, ..Default::default() };
-                    ioctl_with_ref(self, KVM_IRQFD(), &argument)
+        match self {
+            Self::Mshv(_) => {
+                let flags = flag(deassign, 1 << MSHV_IRQFD_BIT_DEASSIGN)
+                    | flag(resample.is_some(), 1 << MSHV_IRQFD_BIT_RESAMPLE);
+                let argument = mshv_user_irqfd { fd: event, resamplefd: resample.unwrap_or(0), gsi, flags };
+                // SAFETY: the structure that MSHV_IRQFD reads.
+                match unsafe { ioctl_with_ref(self, MSHV_IRQFD(), &argument) } {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
                 }
             }
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+            Self::Kvm(_) => {
+                let flags =
+                    flag(deassign, KVM_IRQFD_FLAG_DEASSIGN) | flag(resample.is_some(), KVM_IRQFD_FLAG_RESAMPLE);
+                let resamplefd = resample.unwrap_or(0) as u32;
+                kvm::irqfd(self, &kvm_irqfd { fd: event as u32, gsi, flags, resamplefd, ..Default::default() })
+            }
+        }
     }
 
     /// The vectors in KVM's local APIC, which are cleared; `None` on mshv, which does not tell.

@@ -72,6 +72,7 @@ fn errno(error: &io::Error) -> i32 {
 impl SimulatedPartition {
     pub fn open() -> CallResult<Self> {
         let failed = |call| move |error| CallError::new(Operation::Open, call, errno(&error));
+        let owner = Owner::current().map_err(failed("madvise"))?;
         let driver = Arc::new(Driver {
             epoll: Epoll::new().map_err(failed("epoll_create1"))?,
             state: Mutex::default(),
@@ -87,7 +88,6 @@ impl SimulatedPartition {
             .name("mshv_irqfd-sim".into())
             .spawn(move || watched.watch())
             .map_err(failed("pthread_create"))?;
-        let owner = Owner::current().map_err(failed("madvise"))?;
         Ok(Self { owner, driver, table: Table::new(&[]), stop, watcher: Some(watcher) })
     }
 
@@ -118,6 +118,11 @@ impl Hypervisor for SimulatedPartition {
 
     fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
         self.driver.deassign_irqfd(gsi, event)
+    }
+
+    /// Nothing is left there, and a signal that has come since is still to be delivered by the thread.
+    fn drain(&mut self, _: &EventFd) -> CallResult {
+        Ok(())
     }
 
     fn create_vp(&mut self, _: u8) -> CallResult {

@@ -11,7 +11,6 @@ const NONE: u16 = u16::MAX;
 ///
 /// Entries that `new` is given stay in front for good. One entry a GSI is kept behind them, in no order:
 /// setting and dropping take constant time, because a dropped entry's place is taken by the last one.
-#[derive(Debug)]
 pub(super) struct Table<E> {
     /// 64-bit words, so that an entry with 64-bit fields is aligned.
     words: Vec<u64>,

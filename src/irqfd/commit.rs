@@ -46,6 +46,8 @@ pub(super) struct Slot {
     kernel: Option<RawMsi>,
     /// Its place in `armed`, counted from 1.
     armed: u16,
+    /// Whether it is in `stale`.
+    stale: bool,
     broken: bool,
 }
 
@@ -131,7 +133,11 @@ impl State {
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
-        Ok(())
+        // What can't be drained could be delivered twice, so the irqfd must not stay.
+        self.call(Some(index), |hypervisor| hypervisor.drain(&event)).or_else(|failure| {
+            self.disarm(index)?;
+            Err(failure)
+        })
     }
 
     fn disarm(&mut self, index: usize) -> Result<(), Failure> {
@@ -153,6 +159,7 @@ impl State {
         for index in self.stale.drain(..) {
             let slot = &mut self.slots[usize::from(index)];
             slot.kernel = slot.entry;
+            slot.stale = false;
         }
         Ok(())
     }
@@ -165,7 +172,9 @@ impl State {
             return;
         }
         slot.entry = entry;
-        self.stale.push(index as u16);
+        if !std::mem::replace(&mut slot.stale, true) {
+            self.stale.push(index as u16);
+        }
         if let Some(hypervisor) = &mut self.hypervisor {
             match entry {
                 Some(msi) => hypervisor.set_entry(gsi, msi),
@@ -212,7 +221,7 @@ impl State {
         disarmed: &mut Vec<u16>,
     ) -> Result<(), Failure> {
         if quiesced {
-            self.disarm_all(disarmed)?;
+            self.disarm_all(changes, disarmed)?;
         } else {
             for change in changes {
                 if change.wanted.is_none() && self.slots[change.index].is_armed() {
@@ -242,12 +251,20 @@ impl State {
         Ok(())
     }
 
-    fn disarm_all(&mut self, disarmed: &mut Vec<u16>) -> Result<(), Failure> {
+    fn disarm_all(&mut self, changes: &[Change], disarmed: &mut Vec<u16>) -> Result<(), Failure> {
         for index in self.armed.clone() {
-            match self.disarm(index.into()) {
+            let slot = usize::from(index);
+            match self.disarm(slot) {
                 Ok(()) => disarmed.push(index),
                 // It could not be disarmed before either, and the others must not wait for it.
-                Err(_) if self.slots[usize::from(index)].broken => {}
+                Err(_) if self.slots[slot].broken => {}
+                // Its descriptor was closed behind our back. It will never be disarmed, and this is not about it.
+                Err(failure)
+                    if failure.error.errno == libc::EBADF && changes.iter().all(|change| change.index != slot) =>
+                {
+                    self.set_aside(slot);
+                    self.publish(slot);
+                }
                 Err(failure) => return Err(failure),
             }
         }
@@ -298,18 +315,18 @@ impl State {
         for change in changes {
             let slot = &self.slots[change.index];
             if slot.wanted.is_none() && slot.is_armed() && self.disarm(change.index).is_err() {
-                self.set_aside(change.index, &mut failure);
+                failure.broken.push(self.set_aside(change.index));
             }
         }
         if changes.iter().any(|change| self.stands_wrong(change.index)) {
             // A push that would meet an armed irqfd is not made.
-            if !quiesce || self.disarm_all(disarmed).is_ok() {
+            if !quiesce || self.disarm_all(changes, disarmed).is_ok() {
                 // A failure shows in the entries that stay wrong.
                 let _pushed_back = self.push();
             }
             for change in changes {
                 if self.slots[change.index].is_armed() && self.stands_wrong(change.index) {
-                    self.set_aside(change.index, &mut failure);
+                    failure.broken.push(self.set_aside(change.index));
                     // Better silent than on an MSI that nobody asks for any more.
                     if self.disarm(change.index).is_ok() {
                         self.put_entry(change.index, None);
@@ -318,8 +335,9 @@ impl State {
             }
         }
         for index in disarmed.iter().map(|index| usize::from(*index)) {
-            if !self.arm_again(index) {
-                failure.disarmed.push(self.gsi(index));
+            let gsi = self.gsi(index);
+            if !self.arm_again(index) && !failure.disarmed.contains(&gsi) {
+                failure.disarmed.push(gsi);
             }
         }
         failure
@@ -332,14 +350,14 @@ impl State {
     }
 
     /// Gives a slot up as broken. While it is armed its entry stays in the table: an armed irqfd without one
-    /// becomes vector 0 on mshv.
-    fn set_aside(&mut self, index: usize, failure: &mut Failure) {
+    /// becomes vector 0 on mshv. Returns its GSI.
+    fn set_aside(&mut self, index: usize) -> u32 {
         let slot = &mut self.slots[index];
         slot.broken = true;
         slot.wanted = None;
         let kernel = slot.kernel;
         self.put_entry(index, kernel);
-        failure.broken.push(self.gsi(index));
+        self.gsi(index)
     }
 
     /// Disarms a slot and takes its route away, whatever the kernel says. The GSI is free again unless its
@@ -348,7 +366,7 @@ impl State {
         self.slots[index].wanted = None;
         let result = if self.slots[index].is_armed() { self.disarm(index) } else { Ok(()) };
         let result = result.map_err(|mut failure| {
-            self.set_aside(index, &mut failure);
+            failure.broken.push(self.set_aside(index));
             failure
         });
         if !self.slots[index].is_armed() {
@@ -373,10 +391,20 @@ impl State {
         Ok(())
     }
 
+    /// Disarms what could not be disarmed when its route was closed, for the last time.
+    pub(super) fn release_leftovers(&mut self) -> Vec<Failure> {
+        self.armed.clone().into_iter().filter_map(|index| self.disarm(index.into()).err()).collect()
+    }
+
     /// Lets nothing new begin, and says which routes are there to be closed.
     pub(super) fn start_closing(&mut self) -> Vec<Arc<Route>> {
         self.closing = true;
         self.slots.iter().filter_map(|slot| slot.route.clone()).collect()
+    }
+
+    #[cfg(test)]
+    pub(super) fn stale_len(&self) -> usize {
+        self.stale.len()
     }
 
     pub(super) fn gsi_state(&self, index: usize) -> GsiState {
@@ -394,12 +422,10 @@ impl State {
     }
 
     /// The GSI of the route that has this eventfd, if one has.
-    pub(super) fn route_of(&self, event: &EventFd) -> std::io::Result<Option<u32>> {
-        for route in self.slots.iter().filter_map(|slot| slot.route.as_ref()) {
-            if !route.event.is_closed() && route.event.is_same(event)? {
-                return Ok(Some(route.gsi));
-            }
-        }
-        Ok(None)
+    pub(super) fn route_of(&self, event: &EventFd) -> Option<u32> {
+        let mut routes = self.slots.iter().filter_map(|slot| slot.route.as_ref());
+        // One that can't be looked at was closed behind our back, and is nobody's any more.
+        let of_event = |route: &&Arc<Route>| route.event.is_same(event).unwrap_or(false);
+        routes.find(of_event).map(|route| route.gsi)
     }
 }

@@ -16,5 +16,5 @@ pub use batch::Batch;
 pub use error::{Error, Failure, Result};
 pub use gsi::GsiAllocator;
 pub use msi::{MsiError, MsiRoute};
-pub use partition::{Config, GsiState, Partition, PartitionStats, VpSet, check_gsis, check_keep};
+pub use partition::{Config, GsiState, Partition, PartitionStats, VpSet, check_gsis};
 pub use route::IrqFdRoute;

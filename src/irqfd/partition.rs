@@ -11,7 +11,7 @@ use super::gsi::GsiAllocator;
 use super::route::{IrqFdRoute, Route};
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::owner::{Owner, PerProcess};
-use crate::hypervisor::{Backend, CallError, Hypervisor, Operation, RawMsi, Target, descriptor};
+use crate::hypervisor::{Backend, CallError, Hypervisor, MAX_GSIS, Operation, RawMsi, Target, descriptor, kvm};
 
 /// What a GSI is used for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,15 +99,15 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
     Failure::new(CallError::new(Operation::Open, "madvise (MADV_WIPEONFORK)", errno), None).into()
 }
 
-/// Checks that a range of GSIs is one that the kernel takes.
-pub fn check_gsis(backend: Backend, gsis: &Range<u32>, kept: usize) -> Result {
-    let Range { start, end } = backend.allowed_gsis();
-    let most = backend.max_entries() - kept;
+/// Checks that a range of GSIs is one that the kernel takes, beside so many kept entries.
+pub fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: usize) -> Result {
+    let Range { start, end } = allowed_gsis(pins);
+    let most = (MAX_GSIS as usize - if pins { kvm::PIN_ENTRIES } else { 0 }).saturating_sub(kept);
     if gsis.is_empty() {
         return Err(Error::Invalid(format!("gsis range({}, {}) is empty", gsis.start, gsis.end)));
     }
     if gsis.start < start || gsis.end > end {
-        let pins = if start > 0 { " (0-23 are pins of the IOAPIC)" } else { "" };
+        let pins = if pins { " (0-23 are pins of the IOAPIC)" } else { "" };
         return Err(Error::Invalid(format!(
             "gsis range({}, {}) leaves {start}-{}, the GSIs that {backend} takes{pins}",
             gsis.start,
@@ -127,12 +127,16 @@ pub fn check_gsis(backend: Backend, gsis: &Range<u32>, kept: usize) -> Result {
     Ok(())
 }
 
+fn allowed_gsis(pins: bool) -> Range<u32> {
+    if pins { kvm::PIN_GSIS..MAX_GSIS } else { 0..MAX_GSIS }
+}
+
 /// Checks that kept entries neither meet each other nor the GSIs that are handed out.
-pub fn check_keep(backend: Backend, gsis: &Range<u32>, keep: &[(u32, RawMsi)]) -> Result {
+fn check_keep(backend: Backend, pins: bool, gsis: &Range<u32>, keep: &[(u32, RawMsi)]) -> Result {
     let mut seen = std::collections::HashSet::new();
     for (gsi, _) in keep {
-        if !backend.allowed_gsis().contains(gsi) {
-            return Err(Error::Invalid(format!("keep: {backend} takes no MSI on GSI {gsi}")));
+        if !allowed_gsis(pins).contains(gsi) {
+            return Err(Error::Invalid(format!("keep: {backend} takes no MSI on GSI {gsi} of this partition")));
         }
         if gsis.contains(gsi) {
             return Err(Error::Invalid(format!(
@@ -165,8 +169,9 @@ pub struct Partition {
 impl Partition {
     /// Takes charge of a hypervisor's partition, whose irqfds and routing table nobody else may use.
     pub fn new(hypervisor: Box<dyn Hypervisor>, config: Config) -> Result<Arc<Self>> {
-        check_gsis(config.backend, &config.gsis, config.keep.len())?;
-        check_keep(config.backend, &config.gsis, &config.keep)?;
+        let pins = hypervisor.has_pins();
+        check_gsis(config.backend, pins, &config.gsis, config.keep.len())?;
+        check_keep(config.backend, pins, &config.gsis, &config.keep)?;
         let owner = Owner::current().map_err(|error| unsupported_kernel(&error))?;
         let fd = hypervisor.fd();
         let vps = if config.adopted { config.vps } else { Some(VpSet::default()) };
@@ -192,7 +197,7 @@ impl Partition {
         !self.is_closed() && self.fd.and_then(|own| descriptor::same_file(own, fd)) == Some(true)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -238,9 +243,7 @@ impl Partition {
         let all = partitions()?;
         let event = EventFd::adopt(fd)?;
         for other in all.iter().filter_map(Weak::upgrade) {
-            if let Some(gsi) =
-                other.lock().route_of(&event).map_err(|error| event_failure("read fdinfo", &error))?
-            {
+            if let Some(gsi) = other.lock().route_of(&event) {
                 return Err(Error::Invalid(format!(
                     "file descriptor {fd} is the eventfd of the route of GSI {gsi}{}; a route needs one of its own",
                     if Arc::ptr_eq(self, &other) { "" } else { " of another partition" },
@@ -312,7 +315,10 @@ impl Partition {
         let result = self.lock().release(self.index(route.gsi));
         let closed = super::route::Intent { closed: true, ..*intent };
         route.set_intent(&mut intent, closed);
-        route.event.close();
+        if result.is_ok() {
+            // Else closing the partition tries once more to disarm it, which takes the descriptor.
+            route.event.close();
+        }
         result
     }
 
@@ -382,16 +388,24 @@ impl Partition {
     pub fn close(&self) -> Result {
         self.check_owner()?;
         let routes = self.lock().start_closing();
-        let mut failures = routes.iter().filter_map(|route| self.close_route(route).err());
-        let first = failures.next();
-        let further: Vec<_> = failures.collect();
-        let hypervisor = self.lock().hypervisor.take();
+        let mut failures: Vec<_> = routes.iter().filter_map(|route| self.close_route(route).err()).collect();
+        let mut state = self.lock();
+        let still_armed = state.release_leftovers();
+        let hypervisor = state.hypervisor.take();
+        drop(state);
         self.closed.store(true, Ordering::Release);
         drop(hypervisor);
-        match first {
-            None => Ok(()),
-            Some(failure) => Err(Failure { further, ..failure }.into()),
+        routes.iter().for_each(|route| route.event.close());
+        for still in still_armed {
+            if failures.iter().all(|failure| failure.gsi != still.gsi) {
+                failures.push(still);
+            }
         }
+        if failures.is_empty() {
+            return Ok(());
+        }
+        let first = failures.swap_remove(0);
+        Err(Failure { further: failures, ..first }.into())
     }
 
     /// What a finalizer does: closes, or in a forked child nothing, the descriptors going with the memory.

@@ -181,6 +181,7 @@ impl IrqFdRoute {
 
     /// Raises the route's interrupt now if it is armed, else leaves `n` signals pending. Works in a forked child.
     pub fn signal(&self, n: u64) -> Result {
+        self.open()?;
         self.route.event.signal(n).map_err(|error| self.event_error("write", &error))
     }
 
@@ -206,8 +207,8 @@ impl IrqFdRoute {
         self.route.event.is_readable().map_err(|error| self.event_error("poll", &error))
     }
 
-    /// Takes what is pending, and says whether anything was. The route's lock keeps it from being armed
-    /// meanwhile, so that no signal is both taken here and delivered, or neither.
+    /// Takes what is pending, and says whether anything was. It can't be armed meanwhile, so that no signal is both
+    /// taken here and delivered, or neither.
     pub fn consume_pending(&self) -> Result<bool> {
         self.take_pending().map(|count| count != 0)
     }
@@ -219,6 +220,8 @@ impl IrqFdRoute {
         if intent.closed {
             return Err(self.route.closed());
         }
+        // A route that should be armed and could not be armed again may be, with any other route's push.
+        let _lapsed = (!intent.is_idle()).then(|| self.partition.lock());
         if self.route.load() & ARMED != 0 {
             return Ok(0);
         }

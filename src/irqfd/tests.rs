@@ -32,6 +32,9 @@ struct Kernel {
     /// GSIs whose disarming failed: those may be met by a push.
     stuck: BTreeSet<u32>,
     violations: Vec<String>,
+    /// The GSI whose eventfd somebody else has closed.
+    closed_event: Option<u32>,
+    drain_fails: bool,
 }
 
 impl Kernel {
@@ -106,6 +109,10 @@ impl Hypervisor for Recorder {
         let mut kernel = self.kernel();
         let armed = kernel.armed.contains(&gsi);
         kernel.check(armed, "what is disarmed was armed");
+        if kernel.closed_event == Some(gsi) {
+            kernel.stuck.insert(gsi);
+            return Err(CallError::new(Operation::DeassignIrqfd, "recorded call", libc::EBADF));
+        }
         let result = kernel.call(Operation::DeassignIrqfd, Deassign(gsi));
         if result.is_ok() {
             kernel.armed.remove(&gsi);
@@ -114,6 +121,11 @@ impl Hypervisor for Recorder {
             kernel.stuck.insert(gsi);
         }
         result
+    }
+
+    fn drain(&mut self, _: &EventFd) -> CallResult {
+        let failed = CallError::new(Operation::Event, "recorded drain", libc::EIO);
+        if self.kernel().drain_fails { Err(failed) } else { Ok(()) }
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {
@@ -600,4 +612,73 @@ fn any_walk_with_any_failures_keeps_the_rules() {
             check_rules(&partition, &recorder, &routes, &format!("seed {seed}, step {step}"));
         }
     }
+}
+
+#[test]
+fn closing_the_partition_tries_once_more_to_disarm_what_a_route_could_not() {
+    let (partition, recorder) = partition(true);
+    let all = routes(&partition, &recorder, 1);
+    recorder.fail([0]);
+    assert!(all[0].close().is_err());
+    assert_eq!(recorder.kernel().armed, BTreeSet::from([24]));
+    assert!(matches!(all[0].signal(1), Err(Error::Closed(_))));
+    partition.close().unwrap();
+    assert_eq!(recorder.kernel().armed, BTreeSet::new());
+}
+
+#[test]
+fn clearing_and_setting_the_same_msi_for_ever_takes_no_memory() {
+    let (partition, recorder) = partition(false);
+    let route = &routes(&partition, &recorder, 1)[0];
+    for _ in 0..1000 {
+        route.clear_msi().unwrap();
+        route.set_msi(msi(0x41)).unwrap();
+    }
+    assert!(partition.lock().stale_len() <= 1);
+}
+
+#[test]
+fn an_eventfd_closed_behind_our_back_breaks_its_own_route_and_no_other() {
+    let (partition, recorder) = partition(true);
+    let all = routes(&partition, &recorder, 3);
+    recorder.kernel().closed_event = Some(25);
+    all[0].set_msi(msi(0x71)).unwrap();
+    assert_eq!(all[1].state().unwrap(), GsiState::Broken);
+    assert!(all[0].armed().unwrap() && all[2].armed().unwrap());
+    assert_eq!(recorder.kernel().table[&25].data, 0x42, "its irqfd may still be there, and keeps its entry");
+    assert_eq!(recorder.kernel().violations, Vec::<String>::new());
+}
+
+#[test]
+fn what_cannot_be_drained_is_not_left_armed_unknown_to_us() {
+    for (failing, state) in [(vec![], GsiState::Disabled), (vec![2, 3], GsiState::Broken)] {
+        let (partition, recorder) = partition(true);
+        let route = partition.new_route(None).unwrap();
+        recorder.kernel().drain_fails = true;
+        recorder.fail(failing);
+        assert!(route.set_msi(msi(0x41)).is_err());
+        assert_eq!(route.state().unwrap(), state);
+        assert_eq!(recorder.kernel().armed.contains(&24), state == GsiState::Broken);
+        check_rules(&partition, &recorder, std::slice::from_ref(&route), "after a failed drain");
+    }
+}
+
+#[test]
+fn a_lapsed_route_is_not_armed_while_its_signals_are_being_taken() {
+    let (partition, recorder, routes) = scene(true);
+    recorder.fail([2, 3]);
+    assert!(routes[3].set_msi(msi(0x70)).is_err());
+    let lapsed = routes.iter().find(|route| !route.masked().unwrap() && !route.armed().unwrap()).unwrap();
+    lapsed.signal(1).unwrap();
+    // Whoever takes them must wait for a push that is under way, which may arm the route.
+    let pushing = partition.lock();
+    std::thread::scope(|scope| {
+        let taker = scope.spawn(|| lapsed.consume_pending());
+        for _ in 0..1000 {
+            std::thread::yield_now();
+        }
+        assert!(lapsed.pending().unwrap(), "taken while the table was locked");
+        drop(pushing);
+        assert!(taker.join().unwrap().unwrap());
+    });
 }

@@ -60,7 +60,7 @@ pub(super) fn gsis(value: &Bound<'_, PyAny>) -> PyResult<Range<u32>> {
         return Err(PyValueError::new_err(format!("gsis {value} has a step; GSIs are one run, with step 1")));
     }
     match bounds {
-        (start @ 0.., stop) if stop <= MAX_GSIS as isize => Ok(start as u32..stop.max(0) as u32),
+        (start @ 0.., stop) if start.max(stop) <= MAX_GSIS as isize => Ok(start as u32..stop.max(0) as u32),
         _ => Err(PyValueError::new_err(format!(
             "gsis {value} leaves 0-{}, the GSIs that kernels take",
             MAX_GSIS - 1
@@ -96,12 +96,15 @@ pub(super) fn keep(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u32, RawMsi)>> {
         .try_iter()?
         .map(|entry| {
             let entry = entry?;
-            let (gsi, address, data) = entry.extract::<(u32, u32, u32)>().map_err(|_| {
-                PyTypeError::new_err(format!(
-                    "keep: {entry} is no RoutingEntry(gsi, address, data) of 32-bit integers"
-                ))
-            })?;
-            Ok((gsi, RawMsi { address, data }))
+            let shape = "keep takes RoutingEntry(gsi, address, data), of 32-bit integers";
+            type Fields<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+            let (gsi, address, data): Fields<'_> =
+                entry.extract().map_err(|_| PyTypeError::new_err(format!("keep: {entry} is no entry; {shape}")))?;
+            let number = |value: &Bound<'_, PyAny>, name| {
+                value.extract::<u32>().map_err(|error| bad_integer(&error, value, name, shape))
+            };
+            let msi = RawMsi { address: number(&address, "address")?, data: number(&data, "data")? };
+            Ok((number(&gsi, "GSI")?, msi))
         })
         .collect()
 }

@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
@@ -123,6 +124,11 @@ impl Batch {
     #[getter]
     fn partition(&self, py: Python<'_>) -> Py<Partition> {
         self.partition.clone_ref(py)
+    }
+
+    /// For the garbage collector: an object of a subclass may refer back to this one.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.partition)
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::exceptions::PyValueError;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
@@ -160,6 +161,14 @@ impl EventFd {
     /// Whether a finalizer has something to warn of.
     fn _is_left_open(&self) -> bool {
         !self.closed() && matches!(self.source, Source::Own(_))
+    }
+
+    /// For the garbage collector: an object of a subclass may refer back to this one.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.source {
+            Source::Own(_) => Ok(()),
+            Source::View(route) => visit.call(route),
+        }
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

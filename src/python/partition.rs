@@ -1,6 +1,6 @@
 //! `Partition` in Python.
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use crate::hypervisor::kvm::{self, KvmPartition, KvmVcpus};
 use crate::hypervisor::mshv::{self, MshvPartition};
 use crate::hypervisor::simulated::{Driver, SimulatedPartition};
 use crate::hypervisor::{Backend, CallError, Hypervisor, Interrupt, Operation, RawMsi, descriptor};
-use crate::irqfd::{self, Config, Failure, VpSet, check_gsis, check_keep};
+use crate::irqfd::{self, Config, Failure, VpSet, check_gsis};
 
 /// The longest wait between two looks at whether Ctrl-C was pressed.
 const SLICE: Duration = Duration::from_millis(20);
@@ -75,6 +75,11 @@ fn advice(backend: Backend, device: &Path, error: &CallError) -> String {
              Linux is the root partition of the Microsoft Hypervisor and has CONFIG_MSHV_ROOT; without one use \
              \"kvm\" or \"simulated\""
             .into(),
+        (_, libc::ENXIO) if error.call == "KVM_GET_IRQCHIP" => {
+            "the VM has no interrupt controller in the kernel yet; \
+             adopt it after KVM_CREATE_IRQCHIP or KVM_CAP_SPLIT_IRQCHIP"
+                .into()
+        }
         (_, libc::ENOENT | libc::ENXIO | libc::ENODEV) => "there is no such device: load the module (kvm_intel or \
              kvm_amd) and turn virtualization on in the firmware; without it use \"simulated\""
             .into(),
@@ -88,7 +93,7 @@ impl Partition {
         py: Python<'_>,
         backend: Backend,
         device: &Path,
-        fd: Option<RawFd>,
+        fd: Option<OwnedFd>,
         keep: &[(u32, RawMsi)],
     ) -> PyResult<(Box<dyn Hypervisor>, Observer)> {
         type Opened = (Box<dyn Hypervisor>, Observer);
@@ -100,13 +105,7 @@ impl Partition {
             (Backend::Mshv, None) => {
                 MshvPartition::open(device).map(|made| -> Opened { (Box::new(made), Observer::None) })
             }
-            (Backend::Mshv, Some(fd)) => match MshvPartition::adopt(fd, keep) {
-                Ok(made) => Ok((Box::new(made) as _, Observer::None)),
-                Err(error) => {
-                    let errno = error.raw_os_error().unwrap_or(libc::EBADF);
-                    Err(CallError::new(Operation::Open, "fcntl (F_DUPFD_CLOEXEC)", errno))
-                }
-            },
+            (Backend::Mshv, Some(fd)) => Ok((Box::new(MshvPartition::adopt(fd, keep)) as _, Observer::None)),
             (Backend::Kvm, None) => KvmPartition::open(device).map(kvm),
             (Backend::Kvm, Some(fd)) => KvmPartition::adopt(device, fd, keep).map(kvm),
             (Backend::Simulated, _) => SimulatedPartition::open().map(|made| -> Opened {
@@ -136,8 +135,8 @@ fn closed() -> PyErr {
     ClosedError::new_err("the partition is closed")
 }
 
-/// Checks that a caller's descriptor is a partition of the kind that it is said to be.
-fn check_kind(backend: Backend, fd: RawFd) -> PyResult<()> {
+/// Duplicates a caller's descriptor, and sees that it is a partition of the kind that it is said to be.
+fn duplicate(backend: Backend, fd: RawFd) -> PyResult<OwnedFd> {
     let expected = match backend {
         Backend::Mshv => mshv::LINK,
         Backend::Kvm => kvm::LINK,
@@ -147,12 +146,16 @@ fn check_kind(backend: Backend, fd: RawFd) -> PyResult<()> {
             ));
         }
     };
-    match descriptor::link(fd) {
-        Ok(link) if link == expected => Ok(()),
+    let own = descriptor::owned_duplicate(fd).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBADF) => PyValueError::new_err(format!("file descriptor {fd} is not open")),
+        _ => plain_os_error(&error),
+    })?;
+    match descriptor::link(own.as_raw_fd()) {
+        Ok(link) if link == expected => Ok(own),
         Ok(link) => Err(PyValueError::new_err(format!(
             "file descriptor {fd} is {link}, not a partition of {backend} ({expected})"
         ))),
-        Err(_) => Err(PyValueError::new_err(format!("file descriptor {fd} is not open"))),
+        Err(error) => Err(PyValueError::new_err(format!("file descriptor {fd} can't be looked at: {error}"))),
     }
 }
 
@@ -178,10 +181,11 @@ impl Partition {
         let gsis = arguments::gsis(gsis)?;
         let keep = arguments::keep(keep)?;
         let vps = vps.map(arguments::vps).transpose()?;
-        check_gsis(backend, &gsis, keep.len())?;
-        check_keep(backend, &gsis, &keep)?;
-        if let Some(fd) = fd {
-            check_kind(backend, fd)?;
+        let fd = fd.map(|fd| duplicate(backend, fd)).transpose()?;
+        let adopted = fd.is_some();
+        if !adopted {
+            // Of a partition that somebody else made, it is known which GSIs it takes once it is adopted.
+            check_gsis(backend, backend.has_pins(), &gsis, keep.len())?;
         }
         let (hypervisor, observer) = Self::open(py, backend, &device, fd, &keep)?;
         let set = vps.as_ref().map(|vps| {
@@ -193,14 +197,14 @@ impl Partition {
             backend,
             gsis,
             vps: set,
-            adopted: fd.is_some(),
+            adopted,
             quiesce: quiesce.unwrap_or(backend.needs_quiesced_push()),
             allow_missing_vp,
             keep,
         };
         let core = py.detach(|| -> irqfd::Result<_> {
             let core = irqfd::Partition::new(hypervisor, config)?;
-            if fd.is_none() {
+            if !adopted {
                 for index in vps.into_iter().flatten() {
                     core.create_vp(index)?;
                 }
@@ -372,7 +376,7 @@ impl Partition {
 
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
         let driver = self.driver()?;
-        py.detach(|| driver.settle());
+        py.detach(move || driver.settle());
         Ok(())
     }
 
@@ -391,7 +395,7 @@ impl Partition {
             return Err(PyValueError::new_err(format!("errno {errno} is no error number; give one of errno's")));
         }
         let driver = self.driver()?;
-        py.detach(|| driver.fail(operation, errno, after, times));
+        py.detach(move || driver.fail(operation, errno, after, times));
         Ok(())
     }
 
@@ -434,12 +438,13 @@ impl Partition {
         match &self.observer {
             Observer::Simulated(_) => {
                 let driver = self.driver()?;
-                Ok(py.detach(|| driver.take_interrupts(wait)))
+                Ok(py.detach(move || driver.take_interrupts(wait)))
             }
             Observer::Kvm(vcpus) => {
                 self.core.check_open()?;
                 let vcpus = vcpus.upgrade().ok_or_else(closed)?;
-                let taken = py.detach(|| {
+                // The last share of the vCPUs may go with this one, if the partition is closed meanwhile.
+                let taken = py.detach(move || {
                     let taken = vcpus.take_interrupts();
                     if taken.as_ref().is_ok_and(Vec::is_empty) {
                         // Nothing tells of a bit set in a register, so it is looked at again.

@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -201,6 +202,11 @@ impl IrqFdRoute {
     /// What a finalizer does: closes, or in a forked child gives up the descriptor and nothing else.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.route.abandon())?)
+    }
+
+    /// For the garbage collector: an object of a subclass may refer back to this one.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.partition)
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
