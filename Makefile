@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: help build-dev test lint demo wheel stubs format clean
+.PHONY: help build-dev test lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -31,6 +31,9 @@ lint: build-dev ## Checks format, style, types, and the stub against the module
 	$(BIN)/mypy
 	$(RUN) -m mypy.stubtest mshv_irqfd
 	$(RUN) tools/stub_docs.py --check
+
+lab: build-dev ## Runs the suite against the real mshv driver in a kernel of its own (QEMU; builds it the first time)
+	lab/check
 
 demo: build-dev ## Shows the life of a few routes on the best kernel interface of this machine
 	$(BIN)/mshv-irqfd demo
