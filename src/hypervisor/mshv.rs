@@ -111,12 +111,16 @@ impl Hypervisor for MshvPartition {
 
     fn create_vp(&mut self, index: u8) -> CallResult {
         match &mut self.vm {
-            Vm::Made { vm: Some(vm), vps } => {
-                let vp =
-                    vm.create_vcpu(index).map_err(|error| failed(Operation::CreateVp, "MSHV_CREATE_VP", error))?;
-                vps.push(vp);
-                Ok(())
-            }
+            Vm::Made { vm: Some(vm), vps } => match vm.create_vcpu(index) {
+                Ok(vp) => {
+                    vps.push(vp);
+                    Ok(())
+                }
+                // Made by an earlier call that failed after the ioctl, at mapping its register page. A VP ends with its
+                // partition only, and nobody uses its descriptor here.
+                Err(error) if error.errno() == libc::EEXIST => Ok(()),
+                Err(error) => Err(failed(Operation::CreateVp, "MSHV_CREATE_VP", error)),
+            },
             _ => Err(CallError::new(Operation::CreateVp, "MSHV_CREATE_VP", libc::EPERM)),
         }
     }
