@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from mshv_irqfd.cli import main, probe
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}

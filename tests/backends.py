@@ -1,0 +1,213 @@
+"""The hypervisors that the behaviour suite runs on, and what their guests receive."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from abc import ABC, abstractmethod
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mshv_irqfd import DeliveryMode, Interrupt, KvmPartition, MsiRoute, Partition, SimulatedPartition, open_partition
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hvstub import HvStub
+
+NAMES = ("simulated", "kvm", "mshv")
+
+SELECTION = "MSHV_IRQFD_BACKENDS"
+"""The environment variable that names the backends to run on, with commas between; these may not be skipped then."""
+
+KVM_IRQFD = 0x4020AE76
+KVM_IRQFD_FLAG_DEASSIGN = 1
+KVM_SIGNAL_MSI = 0x4020AEA5
+
+
+def selected() -> tuple[str, ...]:
+    """The backends to run on."""
+    names = tuple(name.strip() for name in os.environ.get(SELECTION, "").split(",") if name.strip())
+    unknown = set(names) - set(NAMES)
+    if unknown:
+        raise ValueError(f"{SELECTION} names {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    return names or NAMES
+
+
+def required(name: str) -> bool:
+    """Whether a backend was asked for by name."""
+    return bool(os.environ.get(SELECTION)) and name in selected()
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend can't be tested here and what would help; None if it can."""
+    if name == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "needs /dev/kvm and access to it: turn virtualization on, load kvm_intel or kvm_amd, join group kvm"
+    if name == "mshv" and not Path("/dev/mshv").exists():
+        return "needs /dev/mshv: run `make lab`"
+    if name == "mshv" and not Path("/dev/hvstub").exists():
+        return "needs /dev/hvstub, which tells what arrived: run `make lab`"
+    return None
+
+
+class Guest(ABC):
+    """A partition, and the interrupts that arrive in it.
+
+    Where arrivals are counted they are compared one by one, with all their fields; elsewhere only which vectors
+    arrived is known.
+    """
+
+    counted = True
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+
+    @abstractmethod
+    def arrived(self) -> list[Interrupt]:
+        """Takes all that has arrived, behind a fence: what was signalled or armed before the call is in it.
+
+        Nothing else may use the partition meanwhile.
+        """
+
+    def poll(self) -> list[Interrupt]:
+        """Takes what has arrived so far, while others use the partition and one interrupt at most is outstanding."""
+        return self.arrived()
+
+    def receives(self, *expected: MsiRoute) -> None:
+        """Asserts that these interrupts and no others arrived since the last look."""
+        assert self._told(self.arrived()) == self._told(map(_interrupt, expected))
+
+    def receives_nothing(self) -> None:
+        """Asserts that no interrupt arrived since the last look."""
+        self.receives()
+
+    def _told(self, interrupts: Iterable[Interrupt]) -> Counter[Interrupt]:
+        if self.counted:
+            return Counter(interrupts)
+        return Counter({Interrupt(interrupt.vector) for interrupt in interrupts})
+
+    def close(self) -> None:
+        """Closes the routes, which ends all that is under way, and asserts that nothing has come unlooked for."""
+        if not self.partition.closed:
+            for route in self.partition.routes:
+                route.close()
+            self.receives_nothing()
+            self.partition.close()
+
+
+def _interrupt(msi: MsiRoute) -> Interrupt:
+    return Interrupt(msi.vector, msi.destination, msi.delivery_mode, msi.logical, msi.level)
+
+
+class SimulatedGuest(Guest):
+    partition: SimulatedPartition
+
+    def arrived(self) -> list[Interrupt]:
+        self.partition.settle()
+        return self.partition.take_interrupts()
+
+
+class KvmGuest(Guest):
+    """What waits in the local APICs.
+
+    KVM injects from a work item where a signal was pending at arming, or can't be answered at once. Disarming flushes
+    that, so the fence takes each armed irqfd away and gives it back, behind the back of the partition under test.
+    """
+
+    counted = False
+    partition: KvmPartition
+    SENTINEL = 0xFE
+
+    def arrived(self) -> list[Interrupt]:
+        vm = self.partition.fileno()
+        for route in self.partition.routes:
+            if route.armed:
+                for flags in (KVM_IRQFD_FLAG_DEASSIGN, 0):
+                    fcntl.ioctl(vm, KVM_IRQFD, struct.pack("IIII16x", route.fileno(), route.gsi, flags, 0))
+        vps = self.partition.vps
+        if not vps:
+            return []
+        # The sentinel shows that what is read is what arrives: it is in the IRR when the ioctl returns.
+        msi = MsiRoute.fixed(self.SENTINEL, vps[0])
+        fcntl.ioctl(vm, KVM_SIGNAL_MSI, struct.pack("IIII16x", msi.address, 0, msi.data, 0))
+        arrived = self.partition.take_interrupts()
+        assert Interrupt(self.SENTINEL) in arrived, "the sentinel did not arrive"
+        return [interrupt for interrupt in arrived if interrupt.vector != self.SENTINEL]
+
+    def poll(self) -> list[Interrupt]:
+        return self.partition.take_interrupts()
+
+
+class MshvGuest(Guest):
+    """What the driver asks the lab's stand-in hypervisor to assert, which it does before a write or an ioctl returns.
+
+    Under the root scheduler the driver may put a vector into a VP's register page instead: there the vector is
+    all that is known, once however often it came.
+    """
+
+    _stub: HvStub | None = None
+    _taken: dict[int, list[Interrupt]] = {}  # noqa: RUF012 - the stand-in has one buffer for all partitions
+
+    def __init__(self, partition: Partition) -> None:
+        import hvstub  # noqa: PLC0415 - its device is there in the lab only
+
+        super().__init__(partition)
+        if MshvGuest._stub is None:
+            MshvGuest._stub = hvstub.HvStub()
+        self.stub = MshvGuest._stub
+        self.id = hvstub.partition_id(partition.fileno())
+        self.root = self.stub.scheduler == hvstub.Scheduler.ROOT
+        self.counted = not self.root
+
+    def arrived(self) -> list[Interrupt]:
+        for one in self.stub.take():
+            interrupt = Interrupt(one.vector, one.destination, DeliveryMode(one.delivery_mode), one.logical, one.level)
+            self._taken.setdefault(one.partition_id, []).append(interrupt)
+        arrived = self._taken.pop(self.id, [])
+        if self.root:
+            for vp in self.partition.vps or ():
+                arrived += map(Interrupt, self.stub.registers(self.id, vp))
+        return arrived
+
+
+GUESTS: dict[str, type[Guest]] = {"simulated": SimulatedGuest, "kvm": KvmGuest, "mshv": MshvGuest}
+
+
+class Backend:
+    """A hypervisor that is there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def quiesces(self) -> bool:
+        """Whether irqfds are disarmed around pushes unless the caller says otherwise."""
+        return self.name != "kvm"
+
+    @property
+    def takes_broadcast(self) -> bool:
+        return self.name == "kvm"
+
+    def open(self, **options: Any) -> Partition:
+        return open_partition(self.name, **options)
+
+    def guest(self, partition: Partition) -> Guest:
+        return GUESTS[self.name](partition)
+
+
+def close_all(guests: Iterable[Guest]) -> None:
+    """Closes guests, all of them even if some received what they should not."""
+    errors = []
+    for guest in guests:
+        try:
+            guest.close()
+        except AssertionError as error:
+            errors.append(error)
+            guest.partition.close()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,99 @@
+"""Fixtures: guests of each hypervisor, and a watch over what a test leaves behind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import backends
+import pytest
+from backends import Backend, Guest, KvmGuest, SimulatedGuest
+from mshv_irqfd import KvmPartition, SimulatedPartition, open_partition
+from support import collect, native_threads, open_files, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def need(name: str) -> None:
+    """Skips where a backend is not to be had, and fails where it was asked for by name."""
+    if name not in backends.selected():
+        pytest.skip(f"{backends.SELECTION} leaves {name} out")
+    reason = backends.unavailable(name)
+    if reason is not None and backends.required(name):
+        pytest.fail(f"{name} was asked for by {backends.SELECTION}: {reason}")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Descriptors and threads after each test are those from before it."""
+    files, threads = open_files(), native_threads()
+
+    def left() -> list[str]:
+        # The lab's stand-in hypervisor has one reader, which stays open.
+        return [file for file in open_files() if file not in files and not file.endswith("/dev/hvstub")]
+
+    yield
+    if left() or native_threads() > threads:
+        collect()
+    # A thread that was joined is the kernel's for a moment longer.
+    until(lambda: native_threads() <= threads, "the threads of this test ended")
+    assert left() == []
+
+
+@pytest.fixture(params=backends.selected())
+def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backend:
+    """Each hypervisor in turn."""
+    need(request.param)
+    return Backend(request.param)
+
+
+@pytest.fixture
+def open_guest(backend: Backend) -> Iterator[Callable[..., Guest]]:
+    """Opens partitions with options, and closes them after the test."""
+    guests: list[Guest] = []
+
+    def open_one(**options: Any) -> Guest:
+        guests.append(backend.guest(backend.open(**options)))
+        return guests[-1]
+
+    yield open_one
+    backends.close_all(guests)
+
+
+@pytest.fixture
+def guest(open_guest: Callable[..., Guest]) -> Guest:
+    """A partition as it comes, with its one VP."""
+    return open_guest()
+
+
+@pytest.fixture
+def open_simulated(_nothing_left_behind: None) -> Iterator[Callable[..., SimulatedGuest]]:
+    """Opens simulated partitions, whose calls can be made to fail."""
+    guests: list[SimulatedGuest] = []
+
+    def open_one(**options: Any) -> SimulatedGuest:
+        partition = open_partition("simulated", **options)
+        assert isinstance(partition, SimulatedPartition)
+        guests.append(SimulatedGuest(partition))
+        return guests[-1]
+
+    yield open_one
+    backends.close_all(guests)
+
+
+@pytest.fixture
+def simulated(open_simulated: Callable[..., SimulatedGuest]) -> SimulatedGuest:
+    return open_simulated()
+
+
+@pytest.fixture
+def kvm(_nothing_left_behind: None) -> Iterator[KvmGuest]:
+    """A VM of KVM, for what is KVM's alone."""
+    need("kvm")
+    partition = open_partition("kvm")
+    assert isinstance(partition, KvmPartition)
+    guest = KvmGuest(partition)
+    yield guest
+    guest.close()

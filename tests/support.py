@@ -1,0 +1,144 @@
+"""Small tools that several tests need: forked children, other interpreters, counts of what a process holds."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mshv_irqfd import MsiRoute
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from backends import Guest
+
+T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Seconds after which something that must happen is taken not to happen: far beyond what a loaded machine needs."""
+
+
+def msi(vector: int, apic_id: int = 0) -> MsiRoute:
+    return MsiRoute.fixed(vector, apic_id)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits until a condition holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not come about that {what}"
+        time.sleep(0.0005)
+
+
+def open_files() -> list[str]:
+    """What this process has open, by descriptor."""
+    found = []
+    for fd in sorted(Path("/proc/self/fd").iterdir(), key=lambda path: int(path.name)):
+        try:
+            found.append(f"{fd.name}: {fd.readlink()}")
+        except FileNotFoundError:
+            continue  # the listing's own
+    return found
+
+
+def native_threads() -> int:
+    """How many threads the kernel knows in this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def still_works(guest: Guest) -> None:
+    """Shows that a route can be made, armed, moved, masked and closed, and that its interrupts arrive."""
+    guest.receives_nothing()
+    with guest.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0xE1))
+        route.signal()
+        guest.receives(msi(0xE1))
+        route.set_msi(msi(0xE2))
+        route.mask()
+        route.signal()
+        guest.receives_nothing()
+        route.unmask()
+        guest.receives(msi(0xE2))
+
+
+def fork() -> int:
+    """Forks although threads run: what becomes of the child then is what is tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def in_child(function: Callable[[], T]) -> T:
+    """What a function returns in a forked child. A child that hangs is a failure, and so is one that is killed."""
+    read, write = os.pipe()
+    child = fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(read)
+            try:
+                answer = pickle.dumps((True, function()))
+            except BaseException:
+                answer = pickle.dumps((False, traceback.format_exc()))
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(answer)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        if not select.select([pipe], [], [], PATIENCE)[0]:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the child hung or was killed"
+    fine, result = pickle.loads(answer)
+    assert fine, f"in the child:\n{result}"
+    outcome: T = result
+    return outcome
+
+
+def refusal(function: Callable[[], object]) -> str:
+    """The name of the exception that a function raises; "none" if it raises none. Can leave a child."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__
+    return "none"
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[type[Warning], str]]]:
+    """The warnings given, without the objects that they are about: a recorded ResourceWarning would revive its own."""
+    told: list[tuple[type[Warning], str]] = []
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        told.append((category, str(message)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield told
+
+
+def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in an interpreter of its own."""
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+def collect() -> None:
+    """Finalizes what nobody refers to."""
+    gc.collect()

@@ -1,0 +1,285 @@
+"""Adopting a VM that somebody else made: sole charge of its routing, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import os
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from backends import KVM_IRQFD, KvmGuest
+from conftest import need
+from mshv_irqfd import ClosedError, IrqFdError, MissingVpError, Partition, RoutingEntry, open_partition
+from support import msi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KVM_CREATE_VM, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU = 0xAE01, 0xAE60, 0xAE41
+KVM_SET_GSI_ROUTING, KVM_IRQ_ROUTING_MSI = 0x4008AE6A, 2
+KVM_GET_LAPIC, KVM_SET_LAPIC = 0x8400AE8E, 0x4400AE8F
+
+
+class KvmVm:
+    """A VM of KVM with one vCPU whose local APIC is on, made without the package under test."""
+
+    def __init__(self) -> None:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.fd = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+        os.close(kvm)
+        fcntl.ioctl(self.fd, KVM_CREATE_IRQCHIP)
+        self.vcpu = fcntl.ioctl(self.fd, KVM_CREATE_VCPU, 0)
+        registers = self._registers()
+        registers[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")
+        fcntl.ioctl(self.vcpu, KVM_SET_LAPIC, registers)
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def close(self) -> None:
+        os.close(self.vcpu)
+        os.close(self.fd)
+
+    def route(self, *entries: tuple[int, int, int]) -> None:
+        """Sets a routing table of MSIs, as whoever made the VM may have done."""
+        table = struct.pack("II", len(entries), 0)
+        for gsi, address, data in entries:
+            table += struct.pack("IIII III 20x", gsi, KVM_IRQ_ROUTING_MSI, 0, 0, address, 0, data)
+        fcntl.ioctl(self.fd, KVM_SET_GSI_ROUTING, table)
+
+    def arm(self, gsi: int, event: int) -> None:
+        fcntl.ioctl(self.fd, KVM_IRQFD, struct.pack("IIII16x", event, gsi, 0, 0))
+
+    def vectors(self) -> set[int]:
+        """Takes the vectors that wait in the IRR."""
+        registers = self._registers()
+        found = {
+            vector
+            for vector in range(256)
+            if registers[0x200 + 16 * (vector // 32) + vector % 32 // 8] >> vector % 8 & 1
+        }
+        for at in range(8):
+            registers[0x200 + 16 * at : 0x204 + 16 * at] = bytes(4)
+        fcntl.ioctl(self.vcpu, KVM_SET_LAPIC, registers)
+        return found
+
+    def _registers(self) -> bytearray:
+        registers = bytearray(1024)
+        fcntl.ioctl(self.vcpu, KVM_GET_LAPIC, registers, True)
+        return registers
+
+
+@pytest.fixture
+def vm(_nothing_left_behind: None) -> Iterator[KvmVm]:
+    need("kvm")
+    vm = KvmVm()
+    yield vm
+    vm.close()
+
+
+@pytest.fixture
+def event() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def test_an_adopted_vm_takes_the_interrupts_of_our_routes(vm: KvmVm) -> None:
+    with Partition.from_fd(vm.fd, "kvm") as partition, partition.new_irqfd_route() as route:
+        assert (partition.backend, partition.quiesce, route.gsi) == ("kvm", False, 24)
+        route.set_msi(msi(0x41))
+        route.signal()
+        assert vm.vectors() == {0x41}
+
+
+def test_the_descriptor_is_duplicated(vm: KvmVm) -> None:
+    twin = os.dup(vm.fd)
+    with Partition.from_fd(twin, "kvm") as partition:
+        assert partition.fileno() not in {twin, vm.fd}
+        assert not os.get_inheritable(partition.fileno())
+        os.close(twin)
+        with partition.new_irqfd_route() as route:
+            route.set_msi(msi(0x41))
+            route.signal()
+            assert vm.vectors() == {0x41}
+
+
+def test_an_object_with_fileno_can_be_adopted(vm: KvmVm) -> None:
+    Partition.from_fd(vm, "kvm").close()
+
+
+def test_closing_an_adopted_partition_disarms_and_leaves_the_vm_to_its_maker(vm: KvmVm, event: int) -> None:
+    with Partition.from_fd(vm.fd, "kvm") as partition:
+        route = partition.new_irqfd_route(event=event)
+        route.set_msi(msi(0x41))
+    os.eventfd_write(event, 1)
+    assert vm.vectors() == set()
+    assert os.eventfd_read(event) == 1
+    vm.route((30, 0xFEE00000, 0x44))
+    vm.arm(30, event)
+    os.eventfd_write(event, 1)
+    assert vm.vectors() == {0x44}
+
+
+def test_the_first_push_replaces_what_the_table_held(vm: KvmVm, event: int) -> None:
+    vm.route((100, 0xFEE00000, 0x44))
+    vm.arm(100, event)
+    with Partition.from_fd(vm.fd, "kvm", gsis=range(24, 64)) as partition:
+        os.eventfd_write(event, 1)
+        assert vm.vectors() == {0x44}
+        assert partition.routing_table() == []
+        with partition.new_irqfd_route() as route:
+            route.set_msi(msi(0x41))
+            os.eventfd_write(event, 1)
+            route.signal()
+            assert vm.vectors() == {0x41}
+
+
+def test_what_is_kept_stays_in_every_push(vm: KvmVm, event: int) -> None:
+    kept = RoutingEntry(100, 0xFEE00000, 0x44)
+    vm.route(kept)
+    vm.arm(100, event)
+    with Partition.from_fd(vm.fd, "kvm", gsis=range(24, 64), keep=[kept]) as partition:
+        route = partition.new_irqfd_route()
+        for vector in (0x41, 0x42):
+            route.set_msi(msi(vector))
+            assert partition.routing_table() == [RoutingEntry(24, 0xFEE00000, vector), kept]
+            os.eventfd_write(event, 1)
+            route.signal()
+            assert vm.vectors() == {0x44, vector}
+        assert partition.stats().entries_pushed == 2 * (40 + 2)
+
+
+def test_the_vps_of_an_adopted_vm_go_unchecked_unless_they_are_named(vm: KvmVm) -> None:
+    with Partition.from_fd(vm.fd, "kvm") as partition, partition.new_irqfd_route() as route:
+        assert partition.vps is None
+        route.set_msi(msi(0x41, 9))
+        assert route.armed
+    with Partition.from_fd(vm.fd, "kvm", vps=1) as partition, partition.new_irqfd_route() as route:
+        assert partition.vps == (0,)
+        with pytest.raises(MissingVpError):
+            route.set_msi(msi(0x41, 9))
+        route.set_msi(msi(0x41))
+    with Partition.from_fd(vm.fd, "kvm", vps=[0, 9]) as partition, partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41, 9))
+
+
+def test_the_vps_of_an_adopted_vm_are_made_by_its_maker(vm: KvmVm) -> None:
+    with Partition.from_fd(vm.fd, "kvm", vps=1) as partition:
+        with pytest.raises(io.UnsupportedOperation, match="adopted"):
+            partition.create_vp(1)
+        assert partition.vps == (0,)
+
+
+def test_a_vm_can_be_adopted_once_at_a_time(vm: KvmVm) -> None:
+    twin = os.dup(vm.fd)
+    with Partition.from_fd(vm.fd, "kvm") as partition:
+        for fd in (vm.fd, twin, partition.fileno()):
+            with pytest.raises(ValueError, match="already"):
+                Partition.from_fd(fd, "kvm")
+        with partition.new_irqfd_route() as route:
+            route.set_msi(msi(0x41))
+            route.signal()
+            assert vm.vectors() == {0x41}
+    Partition.from_fd(twin, "kvm").close()
+    os.close(twin)
+
+
+def test_a_partition_of_ours_can_not_be_adopted_again(kvm: KvmGuest) -> None:
+    with pytest.raises(ValueError, match="already"):
+        Partition.from_fd(kvm.partition, "kvm")
+
+
+def test_quiescing_is_an_option_of_adopting(vm: KvmVm) -> None:
+    with Partition.from_fd(vm.fd, "kvm", quiesce=True) as partition:
+        assert partition.quiesce
+        first, second = partition.new_irqfd_route(), partition.new_irqfd_route()
+        first.set_msi(msi(0x41))
+        second.set_msi(msi(0x42))
+        assert partition.stats().disarms == 1
+
+
+def test_an_eventfd_that_is_armed_by_somebody_else_is_busy_and_the_error_says_so(vm: KvmVm, event: int) -> None:
+    vm.route((100, 0xFEE00000, 0x44))
+    vm.arm(100, event)
+    with Partition.from_fd(vm.fd, "kvm", gsis=range(24, 64)) as partition:
+        with partition.new_irqfd_route(event=event) as route:
+            with pytest.raises(IrqFdError, match="armed on a GSI already") as failed:
+                route.set_msi(msi(0x41))
+            assert (failed.value.errno, failed.value.gsi, route.msi) == (errno.EBUSY, 24, None)
+        with partition.new_irqfd_route() as other:
+            other.set_msi(msi(0x42))
+            other.signal()
+            assert vm.vectors() == {0x42}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        pytest.param({"keep": [(30, 0xFEE00000, 0x41)]}, ValueError, "30.*handed out", id="handed-out"),
+        pytest.param({"keep": [(3, 0xFEE00000, 0x41)]}, ValueError, "GSI 3", id="pin"),
+        pytest.param({"keep": [(4096, 0xFEE00000, 0x41)]}, ValueError, "4096", id="beyond"),
+        pytest.param({"keep": [(100, 0xFEE00000, 0x41)] * 2}, ValueError, "100 is there twice", id="twice"),
+        pytest.param({"keep": [100]}, TypeError, "100", id="no-entry"),
+        pytest.param({"keep": [(100, "a", 0x41)]}, TypeError, "RoutingEntry", id="no-address"),
+        pytest.param({"keep": 100}, TypeError, ".", id="no-iterable"),
+        pytest.param({"gsis": range(40, 4096), "keep": [(30, 0xFEE00000, 0x41)]}, ValueError, "4055", id="too-many"),
+        pytest.param({"gsis": range(23, 30)}, ValueError, "0-23", id="gsis"),
+        pytest.param({"vps": 256}, ValueError, "254", id="vps"),
+    ],
+)
+def test_what_can_not_be_kept_or_handed_out_is_refused_at_adopting(
+    vm: KvmVm, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        Partition.from_fd(vm.fd, "kvm", **{"gsis": range(24, 64), **options})
+    # It was not taken charge of, so it can be.
+    Partition.from_fd(vm.fd, "kvm").close()
+
+
+FILES: dict[str, Callable[[], int]] = {
+    "eventfd": lambda: os.eventfd(0),
+    "null": lambda: os.open("/dev/null", os.O_RDWR),
+    "memory": lambda: os.memfd_create("vm"),
+}
+
+
+@pytest.mark.parametrize("make", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("name", ["kvm", "mshv"])
+def test_a_file_that_is_no_vm_is_refused(make: Callable[[], int], name: Any) -> None:
+    fd = make()
+    with pytest.raises(ValueError, match=f"file descriptor {fd} is .*not a partition of {name}"):
+        Partition.from_fd(fd, name)
+    os.close(fd)
+
+
+def test_a_vm_of_another_hypervisor_is_refused(vm: KvmVm) -> None:
+    with pytest.raises(ValueError, match=r"anon_inode:kvm-vm.*mshv"):
+        Partition.from_fd(vm.fd, "mshv")
+
+
+@pytest.mark.parametrize(
+    ("fd", "name", "error"),
+    [(-1, "kvm", ValueError), ("3", "kvm", TypeError), (1 << 31, "kvm", OverflowError), (0, "simulated", ValueError),
+     (0, "xen", ValueError), (0, None, TypeError)],
+)  # fmt: skip
+def test_what_is_no_descriptor_or_backend_is_refused(fd: Any, name: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Partition.from_fd(fd, name)
+
+
+def test_a_closed_descriptor_is_refused() -> None:
+    fd = os.eventfd(0)
+    os.close(fd)
+    with pytest.raises(ValueError, match=f"file descriptor {fd} "):
+        Partition.from_fd(fd, "kvm")
+
+
+def test_a_simulated_partition_has_nothing_to_adopt() -> None:
+    with open_partition("simulated") as partition, pytest.raises((ValueError, io.UnsupportedOperation)):
+        Partition.from_fd(partition, "kvm")
+    with pytest.raises(ClosedError):
+        partition.routing_table()
