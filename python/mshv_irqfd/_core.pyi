@@ -149,7 +149,7 @@ class EventFd:
         """Whether it is closed."""
 
     def _is_left_open(self) -> bool:
-        """Whether a finalizer has something to warn of."""
+        """Whether a finalizer has something to warn of: not in a forked child."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...

@@ -31,10 +31,15 @@ pub fn close(fd: RawFd) {
 /// Drops something that owns a descriptor, or, where that was closed behind our back, lets go of it
 /// without closing what may be another file by now.
 pub fn drop_if_open<T: AsRawFd>(owner: T) {
-    // SAFETY: a query on a number.
-    if unsafe { libc::fcntl(owner.as_raw_fd(), libc::F_GETFD) } == -1 {
+    if !is_open(owner.as_raw_fd()) {
         std::mem::forget(owner);
     }
+}
+
+/// Whether a number stands for an open file.
+pub fn is_open(fd: RawFd) -> bool {
+    // SAFETY: a query on a number.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) != -1 }
 }
 
 /// What the descriptor refers to, as /proc names it ("anon_inode:kvm-vm", "/dev/null").

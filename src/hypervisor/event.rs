@@ -125,6 +125,13 @@ impl EventFd {
         self.give_up();
     }
 
+    /// Lets go of a descriptor that somebody else has closed, without closing what may have its number next.
+    pub fn forget_if_gone(&self) {
+        if !descriptor::is_open(self.inner.as_raw_fd()) {
+            self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
+        }
+    }
+
     pub fn is_closed(&self) -> bool {
         self.users.load(Ordering::Relaxed) & CLOSED != 0
     }
@@ -298,6 +305,19 @@ mod tests {
         assert_eq!(event.signal(1).unwrap_err().raw_os_error(), Some(libc::EBADF));
         assert_eq!(event.consume().unwrap_err().raw_os_error(), Some(libc::EBADF));
         descriptor::close(taken);
+    }
+
+    #[test]
+    fn a_number_that_somebody_else_gave_up_is_not_closed_again() {
+        let event = EventFd::new().unwrap();
+        event.forget_if_gone();
+        assert!(!event.is_closed());
+        // A number that no other test can have.
+        let number = 1 << 30;
+        // SAFETY: it is never read, written or closed, which is what is shown.
+        let gone = EventFd::own(unsafe { SysEventFd::from_raw_fd(number) }, false);
+        gone.forget_if_gone();
+        assert!(gone.is_closed());
     }
 
     #[test]

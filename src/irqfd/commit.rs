@@ -393,7 +393,9 @@ impl State {
 
     /// Disarms what could not be disarmed when its route was closed, for the last time.
     pub(super) fn release_leftovers(&mut self) -> Vec<Failure> {
-        self.armed.clone().into_iter().filter_map(|index| self.disarm(index.into()).err()).collect()
+        let armed = self.armed.clone().into_iter().map(usize::from);
+        let there = |state: &Self, index: usize| state.event(index).is_ok_and(|event| !event.is_closed());
+        armed.filter_map(|index| if there(self, index) { self.disarm(index).err() } else { None }).collect()
     }
 
     /// Lets nothing new begin, and says which routes are there to be closed.

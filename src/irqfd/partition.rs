@@ -315,9 +315,12 @@ impl Partition {
         let result = self.lock().release(self.index(route.gsi));
         let closed = super::route::Intent { closed: true, ..*intent };
         route.set_intent(&mut intent, closed);
-        if result.is_ok() {
-            // Else closing the partition tries once more to disarm it, which takes the descriptor.
-            route.event.close();
+        match &result {
+            Ok(()) => route.event.close(),
+            // Closed behind our back: what has the number now is somebody else's.
+            Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_gone(),
+            // Closing the partition tries once more to disarm it, which takes the descriptor.
+            Err(_) => {}
         }
         result
     }

@@ -158,12 +158,18 @@ impl IrqFdRoute {
         }
     }
 
+    /// For what is true of the owner's route and may be long past in a forked child.
+    fn current(&self) -> Result<u64> {
+        self.partition.check_owner()?;
+        self.open()
+    }
+
     pub fn state(&self) -> Result<GsiState> {
-        self.open().map(|_| self.route.state())
+        self.current().map(|_| self.route.state())
     }
 
     pub fn masked(&self) -> Result<bool> {
-        Ok(self.open()? & MASKED != 0)
+        Ok(self.current()? & MASKED != 0)
     }
 
     pub fn armed(&self) -> Result<bool> {
@@ -171,7 +177,7 @@ impl IrqFdRoute {
     }
 
     pub fn msi(&self) -> Result<Option<MsiRoute>> {
-        let bits = self.open()?;
+        let bits = self.current()?;
         Ok((bits & HAS_MSI != 0).then(|| MsiRoute::unpack(bits)))
     }
 
@@ -200,8 +206,7 @@ impl IrqFdRoute {
 
     /// Whether a signal waits for the route to be armed. While it is armed, none does.
     pub fn pending(&self) -> Result<bool> {
-        self.partition.check_owner()?;
-        if self.open()? & ARMED != 0 {
+        if self.current()? & ARMED != 0 {
             return Ok(false);
         }
         self.route.event.is_readable().map_err(|error| self.event_error("poll", &error))

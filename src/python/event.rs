@@ -12,6 +12,7 @@ use super::arguments;
 use super::errors::{ClosedError, bad_integer};
 use super::route::IrqFdRoute;
 use crate::hypervisor::event;
+use crate::hypervisor::owner::Owner;
 use crate::hypervisor::{CallError, Operation};
 use crate::irqfd::{Error, Failure};
 
@@ -35,6 +36,8 @@ use crate::irqfd::{Error, Failure};
 pub(crate) struct EventFd {
     source: Source,
     closed: AtomicBool,
+    /// Whose it is to warn if it is left open.
+    owner: Owner,
 }
 
 enum Source {
@@ -73,7 +76,8 @@ impl EventFd {
                 }
             },
         };
-        Ok(Self { source, closed: AtomicBool::new(false) })
+        let owner = Owner::current().map_err(|error| failed("madvise (MADV_WIPEONFORK)", &error))?;
+        Ok(Self { source, closed: AtomicBool::new(false), owner })
     }
 
     /// Duplicates a caller's eventfd (an int, or an object with `fileno()`), which stays the caller's to close.
@@ -158,9 +162,9 @@ impl EventFd {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Whether a finalizer has something to warn of.
+    /// Whether a finalizer has something to warn of: not in a forked child.
     fn _is_left_open(&self) -> bool {
-        !self.closed() && matches!(self.source, Source::Own(_))
+        !self.closed() && matches!(self.source, Source::Own(_)) && self.owner.is_current()
     }
 
     /// For the garbage collector: an object of a subclass may refer back to this one.

@@ -65,8 +65,8 @@ fn node(backend: Backend, device: Option<PathBuf>) -> PyResult<PathBuf> {
 /// What to do about a device node that gives no partition.
 fn advice(backend: Backend, device: &Path, error: &CallError) -> String {
     match (backend, error.errno) {
-        (Backend::Simulated, _) => "the simulated partition could not be set up".into(),
         (_, libc::EMFILE) => "raise RLIMIT_NOFILE (ulimit -n)".into(),
+        (Backend::Simulated, _) => "the simulated partition could not be set up".into(),
         (_, libc::EACCES | libc::EPERM) if error.call == "open" => format!(
             "no permission: run as root, or give this user access to {} (a group, or setfacl)",
             device.display()

@@ -222,7 +222,8 @@ impl IrqFdRoute {
     fn __repr__(&self) -> String {
         let gsi = self.route.gsi();
         let (Ok(state), Ok(masked), Ok(msi)) = (self.route.state(), self.route.masked(), self.route.msi()) else {
-            return format!("<IrqFdRoute gsi={gsi} closed>");
+            let why = if self.route.is_closed() { "closed" } else { "of the process that forked this one" };
+            return format!("<IrqFdRoute gsi={gsi} {why}>");
         };
         let state = match state {
             irqfd::GsiState::Enabled => "ENABLED",
