@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from backends import KVM_IRQFD, KvmGuest
 from conftest import need
-from mshv_irqfd import ClosedError, IrqFdError, MissingVpError, Partition, RoutingEntry, open_partition
+from mshv_irqfd import (
+    ClosedError,
+    HypervisorUnavailableError,
+    IrqFdError,
+    MissingVpError,
+    Partition,
+    RoutingEntry,
+    open_partition,
+)
 from support import msi
 
 if TYPE_CHECKING:
@@ -283,3 +291,56 @@ def test_a_simulated_partition_has_nothing_to_adopt() -> None:
         Partition.from_fd(partition, "kvm")
     with pytest.raises(ClosedError):
         partition.routing_table()
+
+
+KVM_IRQ_LINE = 0x4008AE61
+KVM_GET_IRQCHIP = 0xC208AE62
+KVM_ENABLE_CAP, KVM_CAP_SPLIT_IRQCHIP = 0x4068AEA3, 121
+
+
+@pytest.fixture
+def bare_vm() -> Iterator[int]:
+    """A VM of KVM that has no interrupt controller yet."""
+    need("kvm")
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+    os.close(kvm)
+    yield vm
+    os.close(vm)
+
+
+def test_the_pins_of_an_adopted_vm_still_raise_interrupts_after_a_push(vm: KvmVm) -> None:
+    with Partition.from_fd(vm, "kvm") as partition, partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        fcntl.ioctl(vm.fd, KVM_IRQ_LINE, struct.pack("II", 4, 1))
+        # struct kvm_irqchip: the id of the chip (0: the first PIC), padding, then the PIC's last IRR and IRR.
+        chip = bytearray(520)
+        fcntl.ioctl(vm.fd, KVM_GET_IRQCHIP, chip)
+        assert chip[9] & 1 << 4
+
+
+def test_a_vm_without_an_interrupt_controller_is_adopted_too_early(bare_vm: int) -> None:
+    with pytest.raises(HypervisorUnavailableError, match="adopt it after KVM_CREATE_IRQCHIP"):
+        Partition.from_fd(bare_vm, "kvm")
+    fcntl.ioctl(bare_vm, KVM_CREATE_IRQCHIP)
+    Partition.from_fd(bare_vm, "kvm").close()
+
+
+def test_a_vm_with_its_pins_in_user_space_keeps_the_entries_that_stand_for_them(bare_vm: int) -> None:
+    fcntl.ioctl(bare_vm, KVM_ENABLE_CAP, struct.pack("II4Q64x", KVM_CAP_SPLIT_IRQCHIP, 0, 24, 0, 0, 0))
+    keep = [RoutingEntry(gsi, 0xFEE00000, 0x30 + gsi) for gsi in range(24)]
+    with Partition.from_fd(bare_vm, "kvm", keep=keep) as partition, partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        assert partition.stats().entries_pushed == 25
+        assert partition.routing_table() == [*keep, RoutingEntry(24, 0xFEE00000, 0x41)]
+
+
+def test_more_kept_entries_than_fit_are_refused(vm: KvmVm) -> None:
+    keep = [RoutingEntry(gsi, 0xFEE00000, 0x41) for gsi in range(24, 4084)]
+    with pytest.raises(ValueError, match="at most 0 fit"):
+        Partition.from_fd(vm, "kvm", keep=keep, gsis=range(4090, 4091))
+
+
+def test_a_range_that_ends_before_it_starts_is_refused_however_high_it_starts() -> None:
+    with pytest.raises(ValueError, match="gsis"):
+        open_partition("simulated", gsis=range(2**32 + 24, 100))

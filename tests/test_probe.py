@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hvstub import HvStub, Scheduler
 from mshv_irqfd.cli import main, probe
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
@@ -17,6 +18,9 @@ def arguments(backend: str) -> list[str]:
     if not DEVICE[backend].exists():
         pytest.skip(f"needs {DEVICE[backend]}" + (": run `make lab`" if backend == "mshv" else ""))
     if backend == "mshv" and INTERRUPTS.exists():
+        with HvStub() as stub:
+            if stub.scheduler == Scheduler.ROOT:
+                pytest.skip("on the root scheduler vectors go into register pages, where the probe does not look")
         return ["probe", "--backend", backend, "--interrupts", str(INTERRUPTS)]
     return ["probe", "--backend", backend]
 
