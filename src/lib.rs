@@ -1,5 +1,6 @@
 //! irqfd and MSI routing for virtual machines, driven from Python.
 
+pub mod bench;
 pub mod hypervisor;
 pub mod irqfd;
 
@@ -10,6 +11,8 @@ mod python;
 #[cfg(feature = "python")]
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
+    #[pymodule_export]
+    use crate::python::bench::{Baseline, null_partition};
     #[pymodule_export]
     use crate::python::{
         batch::Batch, event::EventFd, msi::MsiRoute, partition::Partition, probe::RawPartition, route::IrqFdRoute,

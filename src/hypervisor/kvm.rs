@@ -150,7 +150,7 @@ pub(super) fn pins() -> Vec<kvm_irq_routing_entry> {
         .collect()
 }
 
-fn msi_entry(gsi: u32, msi: RawMsi) -> kvm_irq_routing_entry {
+pub(super) fn msi_entry(gsi: u32, msi: RawMsi) -> kvm_irq_routing_entry {
     wide_msi_entry(gsi, msi.address.into(), msi.data)
 }
 
@@ -211,6 +211,13 @@ impl Hypervisor for KvmPartition {
 
     fn fd(&self) -> Option<RawFd> {
         self.vm.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
+
+impl AsRawFd for KvmPartition {
+    /// -1 once it is being dropped.
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd().unwrap_or(-1)
     }
 }
 

@@ -3,10 +3,12 @@
 //! Everything that is `unsafe` lives below this module. What a caller may rely on is said here, once;
 //! what each kernel does with it is said in its own file.
 
+pub mod bare;
 pub mod descriptor;
 pub mod event;
 pub mod kvm;
 pub mod mshv;
+pub mod null;
 pub mod owner;
 pub mod raw;
 pub mod simulated;

@@ -79,7 +79,7 @@ impl MshvPartition {
     }
 }
 
-fn entry(gsi: u32, msi: RawMsi) -> mshv_user_irq_entry {
+pub(super) fn entry(gsi: u32, msi: RawMsi) -> mshv_user_irq_entry {
     mshv_user_irq_entry { gsi, address_lo: msi.address, address_hi: 0, data: msi.data }
 }
 

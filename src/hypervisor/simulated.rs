@@ -140,7 +140,7 @@ impl Driver {
     }
 
     /// MSHV_SET_MSI_ROUTING: `mshv_update_routing_table()`.
-    fn set_msi_routing(&self, entries: &[mshv_user_irq_entry]) -> CallResult {
+    pub(super) fn set_msi_routing(&self, entries: &[mshv_user_irq_entry]) -> CallResult {
         let failed = |errno| CallError::new(Operation::SetMsiRouting, "simulated MSHV_SET_MSI_ROUTING", errno);
         let mut state = self.lock();
         state.fault(Operation::SetMsiRouting).map_err(failed)?;
@@ -161,7 +161,7 @@ impl Driver {
 
     /// MSHV_IRQFD: `mshv_irqfd_assign()`, which does not look at the table or at the GSI. What is pending is
     /// taken out of the counter here, under the lock that the watching thread takes to read it.
-    fn assign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    pub(super) fn assign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
         let failed = |errno| CallError::new(Operation::AssignIrqfd, "simulated MSHV_IRQFD", errno);
         let key = Arc::as_ptr(event) as Key;
         let mut state = self.lock();
@@ -195,7 +195,7 @@ impl Driver {
 
     /// MSHV_IRQFD with the deassign bit: `mshv_irqfd_deassign()`. A pair that is not assigned is no error.
     /// What was signalled while armed is delivered first, as the driver's handler had done at once.
-    fn deassign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    pub(super) fn deassign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
         let failed = |errno| CallError::new(Operation::DeassignIrqfd, "simulated MSHV_IRQFD (deassign)", errno);
         let key = Arc::as_ptr(event) as Key;
         let mut state = self.lock();

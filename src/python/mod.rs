@@ -3,6 +3,7 @@
 
 mod arguments;
 pub(crate) mod batch;
+pub(crate) mod bench;
 mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;

@@ -89,6 +89,11 @@ fn advice(backend: Backend, device: &Path, error: &CallError) -> String {
 }
 
 impl Partition {
+    /// One that does not tell which interrupts arrived.
+    pub(super) fn unobserved(core: Arc<irqfd::Partition>) -> Self {
+        Self { core, observer: Observer::None, routes: Mutex::default() }
+    }
+
     fn open(
         py: Python<'_>,
         backend: Backend,
