@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mshv_irqfd.cli import demo, probe
+from mshv_irqfd.cli import bench, demo, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="mshv-irqfd", description="irqfd and MSI routing on the Microsoft Hypervisor, KVM and a simulated kernel."
     )
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, probe):
+    for module in (demo, probe, bench):
         module.add_parser(subcommands)
     options = parser.parse_args(arguments)
     result: int = options.run(options)

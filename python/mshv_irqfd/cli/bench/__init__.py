@@ -1,0 +1,205 @@
+"""`mshv-irqfd bench`: what each call takes, beside the bare ioctls, a rebuilt table, and plain Python.
+
+Every design runs the same workloads on a partition of its own, one after the other in every round, so that
+whatever else the machine does meets all of them alike; compare ratios, not times. The garbage collector rests meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mshv_irqfd import MshvIrqFdError
+from mshv_irqfd.cli.bench import designs, machine, measure, results, scenarios
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace, _SubParsersAction
+
+    from rich.console import Console
+
+ROUTES = (1, 16, 64, 256, 1024, 2000)
+MOST_ROUTES = 4056
+"""KVM's table has no room for more beside its pins."""
+QUICK_ROUTES = (1, 16)
+PLOTS = (".svg", ".png", ".pdf")
+
+
+def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
+    """Adds the subcommand and its options."""
+    parser = subcommands.add_parser(
+        "bench",
+        help="measure every call beside the bare ioctls, a rebuilt table, and plain Python",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["best", *designs.BACKENDS],
+        default="best",
+        help="which kernel; null is one that does nothing, which leaves user space's own time (default: the best one "
+        "that this machine has: mshv, kvm, else simulated)",
+    )
+    parser.add_argument(
+        "--workloads",
+        type=_workloads,
+        default=list(designs.WORKLOADS),
+        metavar="NAME[,NAME...]",
+        help=f"which of {', '.join(designs.WORKLOADS)} (default: all)",
+    )
+    parser.add_argument(
+        "--routes",
+        type=_routes,
+        metavar="N[,N...]",
+        help=f"numbers of live routes, 1 to {MOST_ROUTES} (default: {','.join(map(str, ROUTES))})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        metavar="S",
+        help="how long each workload is measured at each number of routes (default: 2)",
+    )
+    parser.add_argument(
+        "--longest",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="leave out what would take longer than this a round (default: 60)",
+    )
+    parser.add_argument("--no-scenarios", action="store_true", help="leave out partitions, threads and memory")
+    parser.add_argument(
+        "--quick", action="store_true", help="a glance, not a measurement: few routes, short, no scenarios"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--plot", type=_plot, metavar="FILE", help="draw latency against routes (svg, png or pdf)")
+    parser.set_defaults(run=run)
+
+    commands = parser.add_subparsers(metavar="compare A.json B.json")
+    compare = commands.add_parser("compare", help="show what differs between two runs")
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.set_defaults(run=run_compare)
+
+
+def _workloads(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in designs.WORKLOADS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no workload; there are {', '.join(designs.WORKLOADS)}")
+    return names
+
+
+def _routes(text: str) -> list[int]:
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,16,2000") from None
+    if numbers[0] < 1 or numbers[-1] > MOST_ROUTES:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers of routes are 1 to {MOST_ROUTES}")
+    return numbers
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86400:  # noqa: PLR2004 -- a day
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to a day")
+    return seconds
+
+
+def _plot(text: str) -> Path:
+    file = Path(text)
+    if file.suffix not in PLOTS:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {', '.join(PLOTS)}")
+    return file
+
+
+def _missing(*packages: str) -> str | None:
+    """What to say if a package is not there."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if not missing:
+        return None
+    return f'the bench needs {" and ".join(missing)}: pip install "mshv_irqfd[bench]"'
+
+
+def _best() -> str:
+    for node in ("mshv", "kvm"):
+        if Path("/dev", node).exists():
+            return node
+    return "simulated"
+
+
+def _say(problem: str) -> int:
+    print(f"mshv-irqfd bench: {problem}", file=sys.stderr)
+    return 2
+
+
+def run_compare(options: Namespace) -> int:
+    """Shows what differs between two runs; 2 if one can't be read."""
+    if problem := _missing("rich"):
+        return _say(problem)
+    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+
+    try:
+        before, after = results.read(options.before), results.read(options.after)
+    except results.UnreadableError as error:
+        return _say(str(error))
+    report.show_difference(report.console(), before, after)
+    return 0
+
+
+def run(options: Namespace) -> int:
+    """Measures and shows; 0 when done, 2 if something that it needs is not there."""
+    if problem := _missing("rich", *(["matplotlib"] if options.plot else [])):
+        return _say(problem)
+    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+
+    for file in (options.json, options.plot):
+        if file and not file.absolute().parent.is_dir():
+            return _say(f"{file}: there is no such directory")
+    quick = options.quick
+    plan = measure.Plan(
+        backend=_best() if options.backend == "best" else options.backend,
+        workloads=options.workloads,
+        routes=options.routes or list(QUICK_ROUTES if quick else ROUTES),
+        seconds=options.seconds if options.seconds is not None else (0.0 if quick else 2.0),
+        longest=options.longest,
+        rounds=2 if quick else measure.LEAST_ROUNDS,
+    )
+    terminal = report.console()
+    try:
+        found = _measure(plan, terminal, with_scenarios=not (quick or options.no_scenarios))
+    except (MshvIrqFdError, machine.TooFewDescriptorsError, OSError) as error:
+        return _say(str(error))
+    report.show(terminal, found)
+    if options.json:
+        results.write(options.json, found)
+    if options.plot:
+        from mshv_irqfd.cli.bench import plot  # noqa: PLC0415 -- an extra, which may be missing
+
+        plot.write(options.plot, found)
+    return 0
+
+
+def _measure(plan: measure.Plan, terminal: Console, *, with_scenarios: bool) -> results.Results:
+    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+
+    measurement = measure.Measurement(plan)
+    machine.raise_descriptor_limit(max(plan.routes) * len(measurement.designs))
+    rows: list[results.Row] = []
+    further: list[results.Scenario] = []
+    with report.progress_bar(terminal) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def progress(part: float, text: str) -> None:
+            bar.update(task, completed=part, description=text)
+
+        rows.extend(results.row(cell) for cell in measurement.cells(progress))
+        for name, scenario in scenarios.ALL.items() if with_scenarios else ():
+            bar.update(task, description=name)
+            further += scenario(plan.backend, min(1.0, plan.seconds))
+    return results.results(plan, rows, further)

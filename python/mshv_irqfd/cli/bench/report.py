@@ -1,0 +1,131 @@
+"""What the terminal shows: progress while it runs, tables, comparisons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mshv_irqfd.cli.bench.designs import WORKLOADS
+from mshv_irqfd.cli.bench.measure import MOST_SPREAD, Ratio
+from mshv_irqfd.cli.bench.results import is_ours
+
+if TYPE_CHECKING:
+    from mshv_irqfd.cli.bench.results import Compared, Results, Row, Summary
+
+WIDTH = 132
+"""Columns where the output is no terminal."""
+
+
+def console() -> Console:
+    """The terminal; a file gets lines long enough for the tables."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
+
+
+def progress_bar(terminal: Console) -> Progress:
+    """A bar that is gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    return Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
+
+
+def time(nanoseconds: float) -> str:
+    """A time with three digits and its unit."""
+    for limit, unit, size in ((999.5, "ns", 1.0), (999.5e3, "us", 1e3), (999.5e6, "ms", 1e6)):
+        if nanoseconds < limit:
+            return f"{nanoseconds / size:.3g} {unit}"
+    return f"{nanoseconds / 1e9:.3g} s"
+
+
+def ratio(found: Compared) -> str:
+    """How many times as long, or 1/how many; and how far the interval reaches. A dash where that is too far."""
+    value = Ratio(**found)
+    if not value.is_meaningful:
+        return "-"
+    if value.value > 1000:  # noqa: PLR2004 -- against a kernel that does nothing
+        return ">1000"
+    shown = f"{value.value:.2f}" if value.value > 0.5 else f"1/{1 / value.value:.3g}"  # noqa: PLR2004 -- half
+    return f"{shown} ±{100 * value.spread:.0f}%"
+
+
+def _times(summary: Summary) -> str:
+    return f"{time(summary['median_ns'])}"
+
+
+def table(workload: str, rows: list[Row]) -> Table:
+    """The rows of one workload."""
+    shown = Table(title=f"{workload}: {WORKLOADS[workload]}", title_justify="left")
+    baselines = list(dict.fromkeys(name for row in rows for name in row["designs"] if not is_ours(name)))
+    shown.add_column("routes", justify="right")
+    shown.add_column("design")
+    for heading in ("median", "p99", *(text for name in baselines for text in (name, "ratio"))):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row["left_out"]:
+            shown.add_row(str(row["routes"]), f"left out: {row['left_out']}")
+        for name, summary in row["designs"].items():
+            if not is_ours(name):
+                continue
+            cells = [str(row["routes"]), name, time(summary["median_ns"]), time(summary["p99_ns"])]
+            for baseline in baselines:
+                other = row["designs"].get(baseline)
+                cells += [_times(other), ratio(row["ratios"][name][baseline])] if other else ["", ""]
+            shown.add_row(*cells)
+    return shown
+
+
+def show(terminal: Console, run: Results) -> None:
+    """A whole run."""
+    machine = run["machine"]
+    terminal.print(
+        f"{run['settings']['backend']} on Linux {machine['kernel']}, {machine['cpus']} CPUs ({machine['cpu']}), "
+        f"load {machine['load']}; mshv_irqfd {machine['mshv_irqfd']}, {machine['python']}"
+    )
+    terminal.print(
+        "A ratio is the package's time by the baseline's in the same round: the median over the rounds, with its 95 % "
+        f"interval. One that reaches beyond ±{100 * MOST_SPREAD:.0f} % is not said (-).\n"
+    )
+    for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
+        terminal.print(table(workload, [row for row in run["rows"] if row["workload"] == workload]))
+    if run["scenarios"]:
+        shown = Table(title="further measurements", title_justify="left")
+        for heading in ("name", "what"):
+            shown.add_column(heading)
+        shown.add_column("value (interval)", justify="right")
+        for found in run["scenarios"]:
+            value = f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g}) {found['unit']}"
+            shown.add_row(found["name"], found["what"], value.rstrip())
+        terminal.print(shown)
+
+
+def show_difference(terminal: Console, before: Results, after: Results) -> None:
+    """What differs between two runs, design by design."""
+    for name, run in (("A", before), ("B", after)):
+        machine, settings = run["machine"], run["settings"]
+        terminal.print(
+            f"{name}: {settings['backend']}, Linux {machine['kernel']}, {machine['cpu']}, "
+            f"mshv_irqfd {machine['mshv_irqfd']}, {machine['python']}"
+        )
+    shown = Table()
+    for heading in ("workload", "routes", "design"):
+        shown.add_column(heading)
+    for heading in ("A", "B", "B / A", ""):
+        shown.add_column(heading, justify="right")
+    old = {(row["workload"], row["routes"]): row["designs"] for row in before["rows"]}
+    for row in after["rows"]:
+        for name, new in row["designs"].items():
+            was = old.get((row["workload"], row["routes"]), {}).get(name)
+            if was is None:
+                continue
+            if new["median_low_ns"] > was["median_high_ns"]:
+                verdict = "slower"
+            elif new["median_high_ns"] < was["median_low_ns"]:
+                verdict = "faster"
+            else:
+                verdict = "no difference seen"
+            factor = new["median_ns"] / was["median_ns"] if was["median_ns"] else 1.0
+            times = time(was["median_ns"]), time(new["median_ns"])
+            shown.add_row(row["workload"], str(row["routes"]), name, *times, f"{factor:.2f}", verdict)
+    terminal.print(shown)

@@ -1,0 +1,142 @@
+"""The JSON of a run: what was measured, on what, how."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TypedDict
+
+from mshv_irqfd.cli.bench import machine
+from mshv_irqfd.cli.bench.measure import interval
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mshv_irqfd.cli.bench.measure import Cell, Plan, Ratio
+
+FORMAT = 1
+
+
+class Summary(TypedDict):
+    """The samples of one design."""
+
+    median_ns: float
+    median_low_ns: float
+    median_high_ns: float
+    p99_ns: float
+    samples: int
+    calls_per_sample: int
+
+
+class Compared(TypedDict):
+    """A ratio of times and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Row(TypedDict):
+    """One workload at one number of routes."""
+
+    workload: str
+    routes: int
+    left_out: str | None
+    designs: dict[str, Summary]
+    ratios: dict[str, dict[str, Compared]]
+    """By design of the package, then by baseline."""
+
+
+class Scenario(TypedDict):
+    """Something that is not a call's latency."""
+
+    name: str
+    what: str
+    value: float
+    low: float
+    high: float
+    unit: str
+
+
+class Results(TypedDict):
+    """A whole run."""
+
+    format: int
+    machine: dict[str, str | float]
+    settings: dict[str, object]
+    rows: list[Row]
+    scenarios: list[Scenario]
+
+
+class UnreadableError(Exception):
+    """A file that is no result of this bench."""
+
+
+def compared(ratio: Ratio) -> Compared:
+    """A ratio as it is kept."""
+    return {"value": ratio.value, "low": ratio.low, "high": ratio.high}
+
+
+def row(cell: Cell) -> Row:
+    """The summary of a cell."""
+    summaries: dict[str, Summary] = {}
+    ratios: dict[str, dict[str, Compared]] = {}
+    for name, samples in cell.samples.items():
+        middle = interval(samples)
+        summaries[name] = {
+            "median_ns": middle.value,
+            "median_low_ns": middle.low,
+            "median_high_ns": middle.high,
+            "p99_ns": cell.percentile_99(name),
+            "samples": len(samples),
+            "calls_per_sample": cell.calls[name],
+        }
+        if is_ours(name):
+            ratios[name] = {
+                other: compared(ratio)
+                for other in cell.samples
+                if not is_ours(other) and (ratio := cell.ratio(name, other)) is not None
+            }
+    return {
+        "workload": cell.workload,
+        "routes": cell.routes,
+        "left_out": cell.left_out,
+        "designs": summaries,
+        "ratios": ratios,
+    }
+
+
+def is_ours(design: str) -> bool:
+    """Whether a design is the package itself, not a baseline."""
+    return design.startswith("package")
+
+
+def results(plan: Plan, rows: list[Row], scenarios: list[Scenario]) -> Results:
+    """A whole run."""
+    return {
+        "format": FORMAT,
+        "machine": machine.describe(),
+        "settings": asdict(plan),
+        "rows": rows,
+        "scenarios": scenarios,
+    }
+
+
+def write(file: Path, run: Results) -> None:
+    """Writes a run."""
+    file.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def read(file: Path) -> Results:
+    """Reads a run.
+
+    Raises:
+        UnreadableError: there is none in that file.
+    """
+    try:
+        run: Results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnreadableError(f"{file}: {error}") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise UnreadableError(f"{file} is no result of this version's bench (format {FORMAT})")
+    return run

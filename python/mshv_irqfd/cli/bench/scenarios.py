@@ -1,0 +1,187 @@
+"""What is not the latency of one call: many partitions, many threads, a busy interpreter, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter_ns, sleep
+from typing import TYPE_CHECKING
+
+from mshv_irqfd import MsiRoute, _core, open_partition
+from mshv_irqfd.cli.bench.designs import FIRST_GSI, vector
+from mshv_irqfd.cli.bench.measure import interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mshv_irqfd.cli.bench.results import Scenario
+
+PARTITIONS = 64
+ROUTES_EACH = 16
+THREADS = 8
+ROUNDS = 7
+ROUTES = 2000
+
+
+def _open(backend: str, count: int) -> _core.Partition:
+    gsis = range(FIRST_GSI, FIRST_GSI + max(count, 1))
+    return _core.null_partition(gsis) if backend == "null" else open_partition(backend, gsis=gsis)
+
+
+def _bring_up(partition: _core.Partition, count: int) -> list[_core.IrqFdRoute]:
+    routes = [partition.new_irqfd_route() for _ in range(count)]
+    with partition.batch() as batch:
+        for index, route in enumerate(routes):
+            batch.set_msi(route, MsiRoute.fixed(vector(index, turn=False), 0))
+    return list(routes)
+
+
+def _scenario(name: str, what: str, values: list[float], unit: str) -> Scenario:
+    found = interval(values)
+    return {"name": name, "what": what, "value": found.value, "low": found.low, "high": found.high, "unit": unit}
+
+
+def partitions(backend: str, seconds: float) -> list[Scenario]:
+    """Sets up partitions while as many others are there, and alone."""
+    del seconds
+    alone: list[float] = []
+    together: list[float] = []
+    for _ in range(3):
+        for _ in range(3):
+            begun = perf_counter_ns()
+            with _open(backend, ROUTES_EACH) as partition:
+                _bring_up(partition, ROUTES_EACH)
+                alone.append((perf_counter_ns() - begun) / 1e6)
+        with ExitStack() as stack:
+            begun = perf_counter_ns()
+            for _ in range(PARTITIONS):
+                _bring_up(stack.enter_context(_open(backend, ROUTES_EACH)), ROUTES_EACH)
+            together.append((perf_counter_ns() - begun) / 1e6 / PARTITIONS)
+    what = f"opening one and bringing up {ROUTES_EACH} routes"
+    return [
+        _scenario("partitions", f"{what}, alone", alone, "ms"),
+        _scenario("partitions", f"{what}, each of {PARTITIONS} at once", together, "ms"),
+    ]
+
+
+def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
+    """How often a second each of so many threads moves its own route to another vector."""
+    counts = [0] * len(routes)
+    stop = threading.Event()
+    ready = threading.Barrier(len(routes) + 1)
+
+    def work(number: int) -> None:
+        route, count = routes[number], 0
+        msis = [MsiRoute.fixed(vector(number, turn=turn), 0) for turn in (False, True)]
+        ready.wait()
+        while not stop.is_set():
+            count += 1
+            route.set_msi(msis[count % 2])
+        counts[number] = count
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(routes))]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    begun = perf_counter_ns()
+    sleep(seconds)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    took = (perf_counter_ns() - begun) / 1e9
+    return [count / took for count in counts]
+
+
+def threads(backend: str, seconds: float) -> list[Scenario]:
+    """Pushes to one partition from one thread and from many."""
+    sums: list[float] = []
+    slowest: list[float] = []
+    with _open(backend, ROUTES) as partition:
+        routes = _bring_up(partition, ROUTES)
+        for _ in range(ROUNDS):
+            (one,) = _retargets(routes[:1], seconds)
+            many = _retargets(routes[:THREADS], seconds)
+            sums.append(sum(many) / one)
+            slowest.append(min(many) / (sum(many) / THREADS))
+    what = f"retargets at {ROUTES} routes, {THREADS} threads"
+    return [
+        _scenario("threads", f"{what}: their sum by one thread's", sums, ""),
+        _scenario("threads", f"{what}: the slowest by the mean", slowest, ""),
+    ]
+
+
+def _turns(seconds: float) -> float:
+    """How many turns of a small loop this thread makes a second."""
+    count, begun = 0, perf_counter_ns()
+    end = begun + int(seconds * 1e9)
+    while perf_counter_ns() < end:
+        count += 1
+    return count / ((perf_counter_ns() - begun) / 1e9)
+
+
+def responsiveness(backend: str, seconds: float) -> list[Scenario]:
+    """What a Python thread gets done while another's pushes wait in the kernel."""
+    shares: list[float] = []
+    with _open(backend, ROUTES) as partition:
+        route = _bring_up(partition, ROUTES)[ROUTES // 2]
+        msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (False, True)]
+
+        def push(stop: threading.Event) -> None:
+            while not stop.is_set():
+                for msi in msis:
+                    route.set_msi(msi)
+
+        for _ in range(ROUNDS):
+            alone = _turns(seconds)
+            stop = threading.Event()
+            thread = threading.Thread(target=push, args=(stop,))
+            thread.start()
+            shares.append(_turns(seconds) / alone)
+            stop.set()
+            thread.join()
+    return [
+        _scenario("responsiveness", f"a thread's Python while another retargets at {ROUTES} routes", shares, "of alone")
+    ]
+
+
+def memory(backend: str, seconds: float) -> list[Scenario]:
+    """The anonymous memory of partitions with routes, in a fresh process, whose heap has no holes to hide it."""
+    del seconds
+    sizes = [_measured_memory(backend) for _ in range(3)]
+    return [_scenario("memory", f"a partition with {ROUTES} routes, Python objects and all", sizes, "KiB")]
+
+
+def _measured_memory(backend: str) -> float:
+    command = [sys.executable, "-m", "mshv_irqfd.cli.bench.scenarios", backend]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603 -- ourselves
+
+
+def _print_memory(backend: str) -> None:
+    """Prints the memory that a partition and its routes take, in KiB."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+    with _open(backend, 1) as first:
+        _bring_up(first, 1)[0].close()
+    before = anonymous()
+    with _open(backend, ROUTES) as partition:
+        routes = _bring_up(partition, ROUTES)
+        print(anonymous() - before)
+        del routes
+
+
+ALL: dict[str, Callable[[str, float], list[Scenario]]] = {
+    "partitions": partitions,
+    "threads": threads,
+    "responsiveness": responsiveness,
+    "memory": memory,
+}
+"""By name; called with the backend and the seconds that one measurement of a rate takes."""
+
+if __name__ == "__main__":
+    _print_memory(sys.argv[1])
