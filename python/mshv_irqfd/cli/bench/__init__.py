@@ -1,7 +1,8 @@
 """`mshv-irqfd bench`: what each call takes, beside the bare ioctls, a rebuilt table, and plain Python.
 
 Every design runs the same workloads on a partition of its own, one after the other in every round, so that
-whatever else the machine does meets all of them alike; compare ratios, not times. The garbage collector rests meanwhile.
+whatever else the machine does meets all of them alike; compare ratios, not times. The garbage collector rests
+meanwhile.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import os
 import struct
 from contextlib import suppress
 from enum import Enum
+from itertools import cycle
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Protocol
 
@@ -125,8 +126,8 @@ class Package(Timed):
         self.steps = {
             "create": self._create,
             "bring-up": self._bring_up,
-            "bring-up-batch": self._bring_up_batch,
-            "retarget-all": self._retarget_all,
+            "bring-up-batch": self._set_all,
+            "retarget-all": self._set_all,
             "tear-down": self._tear_down,
         }
 
@@ -135,19 +136,15 @@ class Package(Timed):
         self.routes = [new() for _ in range(self.count)]
 
     def _bring_up(self) -> None:
+        # Other MSIs than before: the kernel has those of closed routes until the next push, and needs none for them.
+        self.turn = not self.turn
         new = self.partition.new_irqfd_route
-        for msi in self.msis[0]:
+        for msi in self.msis[self.turn]:
             route = new()
             self.routes.append(route)
             route.set_msi(msi)
 
-    def _bring_up_batch(self) -> None:
-        with self.partition.batch() as batch:
-            set_msi = batch.set_msi
-            for route, msi in zip(self.routes, self.msis[0], strict=True):
-                set_msi(route, msi)
-
-    def _retarget_all(self) -> None:
+    def _set_all(self) -> None:
         self.turn = not self.turn
         with self.partition.batch() as batch:
             set_msi = batch.set_msi
@@ -162,11 +159,10 @@ class Package(Timed):
         """Takes the steps on one route from it directly, as a caller who keeps the route does."""
         route = self.routes[self.middle]
         set_msi, mask, unmask = route.set_msi, route.mask, route.unmask
-        msis = self.msis[0][self.middle], self.msis[1][self.middle]
+        msis = cycle(turn[self.middle] for turn in self.msis)
 
         def retarget() -> None:
-            self.turn = not self.turn
-            set_msi(msis[self.turn])
+            set_msi(next(msis))
 
         def mask_unmask() -> None:
             mask()
@@ -202,8 +198,7 @@ class Package(Timed):
                 for route in self.routes:
                     batch.clear_msi(route)
             else:
-                self.turn = False
-                for route, msi in zip(self.routes, self.msis[0], strict=True):
+                for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
                     batch.set_msi(route, msi)
             for route in others:
                 batch.unmask(route)
