@@ -188,6 +188,24 @@ impl EventFd {
     }
 }
 
+/// Empties the counters of those that hold anything. Few do after an arming, and poll(2) finds them in a fraction of the
+/// time that reading them all takes. Returns the places of those that can't be read, and why.
+pub fn drain(events: &[&EventFd]) -> Vec<(usize, io::Error)> {
+    /// poll(2) takes no more descriptors than RLIMIT_NOFILE.
+    const AT_ONCE: usize = 256;
+    let poll = |event: &&EventFd| libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut polls: Vec<_> = events.iter().map(poll).collect();
+    for some in polls.chunks_mut(AT_ONCE) {
+        // One is as well read at once. SAFETY: as many pollfds as it says, which live across the call; a timeout of
+        // 0 does not wait.
+        if some.len() == 1 || unsafe { libc::poll(some.as_mut_ptr(), some.len() as libc::nfds_t, 0) } < 0 {
+            some.iter_mut().for_each(|poll| poll.revents = libc::POLLIN);
+        }
+    }
+    let found = events.iter().enumerate().zip(&polls).filter(|(_, poll)| poll.revents != 0);
+    found.filter_map(|((place, event), _)| event.consume().err().map(|error| (place, error))).collect()
+}
+
 fn ready(fd: RawFd, events: libc::c_short) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one pollfd, which lives across the call; a timeout of 0 does not wait.

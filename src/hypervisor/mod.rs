@@ -161,8 +161,8 @@ impl fmt::Display for Backend {
 /// The caller keeps the promises that the kernels need: an irqfd is assigned only while the kernel's table
 /// has an entry for its GSI, and an event is assigned to one GSI at a time. Implementations do not check.
 ///
-/// `assign` asks for one interrupt if signals were pending; `drain`, called next, takes the signals for which this
-/// interrupt stands out of the event's counter, and none that came later. After `deassign` signals stay there.
+/// `assign` asks for one interrupt if signals were pending; `drain`, called for all that were assigned, takes the
+/// signals for which these interrupts stand out of the events' counters, and none that came later. After `deassign` signals stay there.
 /// Each may be called for an event whose descriptor was closed behind our back: that is an error (EBADF).
 pub trait Hypervisor: Send + fmt::Debug {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi);
@@ -173,10 +173,11 @@ pub trait Hypervisor: Send + fmt::Debug {
     fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
     /// Both real kernels leave the counter as it was at arming, so it is read here. A signal that comes now is not
     /// taken with it: the kernel's own handler empties the counter under the eventfd's lock before the signaller's
-    /// write returns (`mshv_irqfd_wakeup`, `irqfd_wakeup`).
-    fn drain(&mut self, event: &EventFd) -> CallResult {
+    /// write returns (`mshv_irqfd_wakeup`, `irqfd_wakeup`). Returns the places of those that can't be read, and why.
+    fn drain(&mut self, events: &[&EventFd]) -> Vec<(usize, CallError)> {
         let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
-        event.consume().map(drop).map_err(|error| CallError::new(Operation::Event, "preadv2", errno(error)))
+        let failed = |(place, error)| (place, CallError::new(Operation::Event, "preadv2", errno(error)));
+        event::drain(events).into_iter().map(failed).collect()
     }
     /// Creates the virtual processor with this index, which is also its APIC id.
     fn create_vp(&mut self, index: u8) -> CallResult;

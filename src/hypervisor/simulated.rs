@@ -121,8 +121,8 @@ impl Hypervisor for SimulatedPartition {
     }
 
     /// Nothing is left there, and a signal that has come since is still to be delivered by the thread.
-    fn drain(&mut self, _: &EventFd) -> CallResult {
-        Ok(())
+    fn drain(&mut self, _: &[&EventFd]) -> Vec<(usize, CallError)> {
+        Vec::new()
     }
 
     fn create_vp(&mut self, _: u8) -> CallResult {

@@ -126,18 +126,32 @@ impl State {
         }
     }
 
-    fn arm(&mut self, index: usize) -> Result<(), Failure> {
+    /// Registers a slot's irqfd, which is to be drained then.
+    fn assign(&mut self, index: usize) -> Result<(), Failure> {
         debug_assert!(!self.stands_wrong(index), "an armed irqfd has its entry in the kernel's table");
         let (gsi, event) = (self.gsi(index), self.event(index)?);
         self.call(Some(index), |hypervisor| hypervisor.assign(gsi, &event))?;
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
-        // What can't be drained could be delivered twice, so the irqfd must not stay.
-        self.call(Some(index), |hypervisor| hypervisor.drain(&event)).or_else(|failure| {
-            self.disarm(index)?;
-            Err(failure)
-        })
+        Ok(())
+    }
+
+    /// Drains what was assigned last, from a place in `armed` on.
+    fn drain(&mut self, from: usize) -> Result<(), Failure> {
+        let fresh = self.armed[from..].to_vec();
+        let routes = fresh.iter().filter_map(|index| self.slots[usize::from(*index)].route.as_deref());
+        let events: Vec<_> = routes.map(|route| &*route.event).collect();
+        let failed = self.hypervisor.as_mut().map_or_else(Vec::new, |hypervisor| hypervisor.drain(&events));
+        let mut result = Ok(());
+        for (place, error) in failed {
+            let index = usize::from(fresh[place]);
+            let failure = self.call(Some(index), |_| Err(error));
+            // What can't be drained could be delivered twice, so the irqfd must not stay.
+            let disarmed = self.disarm(index);
+            result = result.and(disarmed).and(failure);
+        }
+        result
     }
 
     fn disarm(&mut self, index: usize) -> Result<(), Failure> {
@@ -239,12 +253,12 @@ impl State {
         if push {
             self.push()?;
         }
-        for change in changes {
-            self.arm_if_wanted(change.index)?;
-        }
-        for index in disarmed.iter().rev() {
-            self.arm_if_wanted(usize::from(*index))?;
-        }
+        let armed = self.armed.len();
+        let again = disarmed.iter().rev().map(|index| usize::from(*index));
+        let mut all = changes.iter().map(|change| change.index).chain(again);
+        let assigned = all.try_for_each(|index| self.assign_if_wanted(index));
+        // Also after a failure: what was armed again on the way stays armed.
+        assigned.and(self.drain(armed))?;
         if push {
             self.arm_lapsed();
         }
@@ -271,9 +285,9 @@ impl State {
         Ok(())
     }
 
-    fn arm_if_wanted(&mut self, index: usize) -> Result<(), Failure> {
+    fn assign_if_wanted(&mut self, index: usize) -> Result<(), Failure> {
         let slot = &self.slots[index];
-        if slot.wanted.is_some() && !slot.is_armed() { self.arm(index) } else { Ok(()) }
+        if slot.wanted.is_some() && !slot.is_armed() { self.assign(index) } else { Ok(()) }
     }
 
     /// Tries again to arm what an earlier failure left disarmed. Not the business of the call at hand, so a
@@ -291,7 +305,8 @@ impl State {
         if slot.wanted.is_none() || slot.is_armed() {
             return true;
         }
-        if slot.kernel == slot.wanted && self.arm(index).is_ok() {
+        if slot.kernel == slot.wanted && self.assign(index).and_then(|()| self.drain(self.armed.len() - 1)).is_ok()
+        {
             return true;
         }
         if !self.lapsed.contains(&(index as u16)) {

@@ -123,9 +123,9 @@ impl Hypervisor for Recorder {
         result
     }
 
-    fn drain(&mut self, _: &EventFd) -> CallResult {
-        let failed = CallError::new(Operation::Event, "recorded drain", libc::EIO);
-        if self.kernel().drain_fails { Err(failed) } else { Ok(()) }
+    fn drain(&mut self, events: &[&EventFd]) -> Vec<(usize, CallError)> {
+        let failed = |place| (place, CallError::new(Operation::Event, "recorded drain", libc::EIO));
+        if self.kernel().drain_fails { (0..events.len()).map(failed).collect() } else { Vec::new() }
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {
