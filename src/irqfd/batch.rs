@@ -1,6 +1,5 @@
 //! Several routes changed at once, with one push.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::error::{Error, Result};
@@ -14,8 +13,9 @@ use super::route::{Intent, IrqFdRoute, Route};
 pub struct Batch {
     partition: Arc<Partition>,
     edits: Vec<(Arc<Route>, Edit)>,
-    /// Where the edit of a route is, by the route's address.
-    places: HashMap<usize, usize>,
+    /// Where the edit of a route is, by its GSI. If two routes have one, the batch holds a route that was closed or
+    /// another partition's, and will fail.
+    places: Vec<usize>,
     foreign: Option<u32>,
 }
 
@@ -34,17 +34,22 @@ impl Edit {
 impl Batch {
     pub fn new(partition: Arc<Partition>) -> Result<Self> {
         partition.check_open()?;
-        Ok(Self { partition, edits: Vec::new(), places: HashMap::new(), foreign: None })
+        Ok(Self { partition, edits: Vec::new(), places: Vec::new(), foreign: None })
     }
 
     fn edit(&mut self, route: &IrqFdRoute) -> &mut Edit {
         if !route.is_of(&self.partition) {
             self.foreign = Some(route.gsi());
         }
-        let shared = route.shared();
-        let place = *self.places.entry(Arc::as_ptr(shared) as usize).or_insert(self.edits.len());
-        if place == self.edits.len() {
+        let (shared, gsi) = (route.shared(), route.gsi() as usize);
+        if self.places.len() <= gsi {
+            self.places.resize(gsi + 1, 0);
+        }
+        let mut place = self.places[gsi];
+        if self.edits.get(place).is_none_or(|(known, _)| !Arc::ptr_eq(known, shared)) {
+            place = self.edits.len();
             self.edits.push((Arc::clone(shared), Edit::default()));
+            self.places[gsi] = place;
         }
         &mut self.edits[place].1
     }

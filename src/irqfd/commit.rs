@@ -100,37 +100,42 @@ impl State {
     }
 
     /// Makes a call and counts its failure.
-    fn call<T>(
-        &mut self,
-        index: Option<usize>,
-        call: impl FnOnce(&mut dyn Hypervisor) -> CallResult<T>,
-    ) -> Result<T, Failure> {
-        let gsi = index.map(|index| self.gsi(index));
+    fn call<T>(&mut self, call: impl FnOnce(&mut dyn Hypervisor) -> CallResult<T>) -> Result<T, Failure> {
         let result = match &mut self.hypervisor {
             Some(hypervisor) => call(hypervisor.as_mut()),
-            None => Err(CallError::new(Operation::Open, "call on a closed partition", libc::EBADF)),
+            None => Err(closed()),
         };
+        self.counted(result, None)
+    }
+
+    /// Makes a call about a slot's irqfd and counts its failure.
+    fn call_irqfd(
+        &mut self,
+        index: usize,
+        call: impl FnOnce(&mut dyn Hypervisor, u32, &Arc<EventFd>) -> CallResult,
+    ) -> Result<(), Failure> {
+        let gsi = self.gsi(index);
+        let result = match (&mut self.hypervisor, &self.slots[index].route) {
+            (Some(hypervisor), Some(route)) => call(hypervisor.as_mut(), gsi, &route.event),
+            (None, _) => Err(closed()),
+            (_, None) => {
+                Err(CallError::new(Operation::AssignIrqfd, "irqfd of a GSI without a route", libc::ENOENT))
+            }
+        };
+        self.counted(result, Some(gsi))
+    }
+
+    fn counted<T>(&mut self, result: CallResult<T>, gsi: Option<u32>) -> Result<T, Failure> {
         result.map_err(|error| {
             self.stats.failures += 1;
             Failure::new(error, gsi)
         })
     }
 
-    fn event(&self, index: usize) -> Result<Arc<EventFd>, Failure> {
-        match &self.slots[index].route {
-            Some(route) => Ok(Arc::clone(&route.event)),
-            None => {
-                let error = CallError::new(Operation::AssignIrqfd, "irqfd of a GSI without a route", libc::ENOENT);
-                Err(Failure::new(error, Some(self.gsi(index))))
-            }
-        }
-    }
-
     /// Registers a slot's irqfd, which is to be drained then.
     fn assign(&mut self, index: usize) -> Result<(), Failure> {
         debug_assert!(!self.stands_wrong(index), "an armed irqfd has its entry in the kernel's table");
-        let (gsi, event) = (self.gsi(index), self.event(index)?);
-        self.call(Some(index), |hypervisor| hypervisor.assign(gsi, &event))?;
+        self.call_irqfd(index, |hypervisor, gsi, event| hypervisor.assign(gsi, event))?;
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
@@ -146,7 +151,7 @@ impl State {
         let mut result = Ok(());
         for (place, error) in failed {
             let index = usize::from(fresh[place]);
-            let failure = self.call(Some(index), |_| Err(error));
+            let failure = self.counted(Err(error), Some(self.gsi(index)));
             // What can't be drained could be delivered twice, so the irqfd must not stay.
             let disarmed = self.disarm(index);
             result = result.and(disarmed).and(failure);
@@ -155,8 +160,7 @@ impl State {
     }
 
     fn disarm(&mut self, index: usize) -> Result<(), Failure> {
-        let (gsi, event) = (self.gsi(index), self.event(index)?);
-        self.call(Some(index), |hypervisor| hypervisor.deassign(gsi, &event))?;
+        self.call_irqfd(index, |hypervisor, gsi, event| hypervisor.deassign(gsi, event))?;
         self.stats.disarms += 1;
         let place = std::mem::take(&mut self.slots[index].armed);
         self.armed.swap_remove(usize::from(place) - 1);
@@ -167,7 +171,7 @@ impl State {
     }
 
     fn push(&mut self) -> Result<(), Failure> {
-        let entries = self.call(None, |hypervisor| hypervisor.push())?;
+        let entries = self.call(|hypervisor| hypervisor.push())?;
         self.stats.pushes += 1;
         self.stats.entries_pushed += entries as u64;
         for index in self.stale.drain(..) {
@@ -401,7 +405,7 @@ impl State {
     }
 
     pub(super) fn create_vp(&mut self, index: u8) -> Result<(), Failure> {
-        self.call(None, |hypervisor| hypervisor.create_vp(index))?;
+        self.call(|hypervisor| hypervisor.create_vp(index))?;
         self.vps.get_or_insert_default().insert(index);
         Ok(())
     }
@@ -409,7 +413,9 @@ impl State {
     /// Disarms what could not be disarmed when its route was closed, for the last time.
     pub(super) fn release_leftovers(&mut self) -> Vec<Failure> {
         let armed = self.armed.clone().into_iter().map(usize::from);
-        let there = |state: &Self, index: usize| state.event(index).is_ok_and(|event| !event.is_closed());
+        let there = |state: &Self, index: usize| {
+            state.slots[index].route.as_ref().is_some_and(|route| !route.event.is_closed())
+        };
         armed.filter_map(|index| if there(self, index) { self.disarm(index).err() } else { None }).collect()
     }
 
@@ -445,4 +451,8 @@ impl State {
         let of_event = |route: &&Arc<Route>| route.event.is_same(event).unwrap_or(false);
         routes.find(of_event).map(|route| route.gsi)
     }
+}
+
+fn closed() -> CallError {
+    CallError::new(Operation::Open, "call on a closed partition", libc::EBADF)
 }

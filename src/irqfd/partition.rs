@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
 use super::commit::{Change, State};
 use super::error::{Error, Failure, Result};
@@ -236,8 +236,7 @@ impl Partition {
     pub fn new_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
         self.check_open()?;
         let Some(fd) = event else {
-            let event = EventFd::new().map_err(|error| event_failure("eventfd2", &error))?;
-            return self.add_route(event);
+            return self.add_route(self.lock(), new_event()?);
         };
         // Held to the end, so that two callers can't bring one eventfd at the same time.
         let all = partitions()?;
@@ -250,11 +249,21 @@ impl Partition {
                 )));
             }
         }
-        self.add_route(event)
+        self.add_route(self.lock(), event)
     }
 
-    fn add_route(self: &Arc<Self>, event: EventFd) -> Result<IrqFdRoute> {
-        let mut state = self.lock();
+    /// A new route on a new eventfd, or `None` if that would have to wait for the partition's lock.
+    pub fn try_new_route(self: &Arc<Self>) -> Result<Option<IrqFdRoute>> {
+        self.check_open()?;
+        let state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+        };
+        self.add_route(state, new_event()?).map(Some)
+    }
+
+    fn add_route(self: &Arc<Self>, mut state: MutexGuard<'_, State>, event: EventFd) -> Result<IrqFdRoute> {
         if state.closing {
             return Err(closed());
         }
@@ -419,6 +428,10 @@ impl Partition {
 
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn new_event() -> Result<EventFd> {
+    EventFd::new().map_err(|error| event_failure("eventfd2", &error))
 }
 
 fn event_failure(call: &'static str, error: &std::io::Error) -> Error {
