@@ -1,0 +1,132 @@
+//! The core alone, on a kernel that does nothing: what a call costs beside the ioctls.
+//!
+//! `cargo bench` times each operation with criterion. With `--instructions NAME COUNT` the binary runs one of them that
+//! often and nothing else, for callgrind; `docs/callgrind.md` says how.
+
+#![allow(clippy::unwrap_used, reason = "a bench that fails ends")]
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use criterion::Criterion;
+use mshv_irqfd::hypervisor::null::NullPartition;
+use mshv_irqfd::hypervisor::{Backend, Target};
+use mshv_irqfd::irqfd::{Batch, Config, GsiAllocator, IrqFdRoute, MsiRoute, Partition};
+
+const GSIS: usize = 2048;
+const BATCH: usize = 64;
+
+/// An operation, ready to be run again and again.
+type Operation = Box<dyn FnMut()>;
+/// Makes one ready.
+type Make = fn() -> Operation;
+
+fn msi(vector: usize) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000, 0x30 + vector as u64 % 128).unwrap()
+}
+
+/// A partition all of whose GSIs are routed and armed.
+fn full() -> (Arc<Partition>, Vec<IrqFdRoute>) {
+    let config = Config {
+        backend: Backend::Simulated,
+        gsis: 24..24 + GSIS as u32,
+        vps: None,
+        adopted: false,
+        quiesce: false,
+        allow_missing_vp: false,
+        keep: Vec::new(),
+    };
+    let partition = Partition::new(Box::new(NullPartition::new()), config).unwrap();
+    partition.create_vp(0).unwrap();
+    let routes: Vec<_> = (0..GSIS).map(|_| partition.new_route(None).unwrap()).collect();
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    for (number, route) in routes.iter().enumerate() {
+        batch.set_msi(route, msi(number));
+    }
+    batch.commit().unwrap();
+    (partition, routes)
+}
+
+/// Takes the last free GSI and gives it back.
+fn allocate() -> Operation {
+    let mut gsis = GsiAllocator::new(GSIS);
+    assert!((1..GSIS).all(|_| gsis.allocate().is_some()));
+    Box::new(move || {
+        let index = black_box(gsis.allocate()).unwrap();
+        gsis.free(index);
+    })
+}
+
+/// Moves one route of a full table to another vector.
+fn set_on_a_full_table() -> Operation {
+    let (_, routes) = full();
+    let mut turn = 0;
+    Box::new(move || {
+        turn += 1;
+        routes[GSIS / 2].set_msi(black_box(msi(turn))).unwrap();
+    })
+}
+
+/// Masks and unmasks one route of a full table.
+fn mask_and_unmask() -> Operation {
+    let (_, routes) = full();
+    Box::new(move || {
+        routes[GSIS / 2].mask().unwrap();
+        routes[GSIS / 2].unmask().unwrap();
+    })
+}
+
+/// Moves 64 routes of a full table to other vectors in one batch.
+fn apply_a_batch() -> Operation {
+    let (partition, routes) = full();
+    let mut turn = 0;
+    Box::new(move || {
+        turn += 1;
+        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+        for (number, route) in routes.iter().take(BATCH).enumerate() {
+            batch.set_msi(route, msi(number + turn));
+        }
+        batch.commit().unwrap();
+    })
+}
+
+/// Checks an MSI and takes it apart.
+fn decode_an_msi() -> Operation {
+    Box::new(|| {
+        let msi = MsiRoute::new(black_box(0xFEE0_5000), black_box(0x4041)).unwrap();
+        let target: Target = msi.target();
+        black_box((msi.vector(), target));
+    })
+}
+
+const OPERATIONS: [(&str, Make); 5] = [
+    ("alloc", allocate),
+    ("set-full-table", set_on_a_full_table),
+    ("mask-unmask", mask_and_unmask),
+    ("batch-64", apply_a_batch),
+    ("msi-decode", decode_an_msi),
+];
+
+fn raise_descriptor_limit() {
+    // The eventfds of a full table are more than the usual soft limit.
+    let limit = rlimit::increase_nofile_limit(u64::MAX).unwrap();
+    assert!(limit > GSIS as u64 + 64, "RLIMIT_NOFILE is {limit}: raise the hard limit (ulimit -Hn)");
+}
+
+fn main() {
+    raise_descriptor_limit();
+    let arguments: Vec<String> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == "--instructions") {
+        let (name, count) = (&arguments[at + 1], arguments[at + 2].parse::<u64>().unwrap());
+        let (_, make) = OPERATIONS.iter().find(|(known, _)| known == name).unwrap();
+        let mut operation = make();
+        (0..count).for_each(|_| operation());
+        return;
+    }
+    let mut criterion = Criterion::default().configure_from_args();
+    for (name, make) in OPERATIONS {
+        let mut operation = make();
+        criterion.bench_function(name, |bencher| bencher.iter(&mut operation));
+    }
+    criterion.final_summary();
+}
