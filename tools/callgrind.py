@@ -29,7 +29,7 @@ OPERATIONS = {
 def built() -> str:
     """The bench binary, built."""
     command = ["cargo", "bench", "--quiet", "--no-run", "--bench", "core", "--message-format=json"]
-    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
     messages = map(json.loads, output.splitlines())
     names = [message["executable"] for message in messages if message.get("target", {}).get("name") == "core"]
     return str(names[-1])
@@ -54,19 +54,20 @@ def table() -> str:
     for operation, what in OPERATIONS.items():
         once, twice = (instructions(binary, operation, times) for times in (TIMES, 2 * TIMES))
         rows.append(f"| `{operation}` | {what} | {(twice - once) / TIMES:,.0f} |")
-    version = subprocess.run(["rustc", "--version"], check=True, capture_output=True, text=True).stdout.split()[1]
-    return "\n".join([
-        "# Instructions of the core's operations",
-        "",
-        "User-space instructions on a kernel that does nothing, counted by callgrind: unlike times, they can be compared",
-        "between machines and runs. Made anew by `python tools/callgrind.py docs/callgrind.md`, which needs valgrind;",
-        f"this table is of rustc {version}. `cargo bench` times the same operations (`benches/core.rs`).",
-        "",
-        "| operation | what it does | instructions |",
-        "|---|---|---|",
-        *rows,
-        "",
-    ])
+    lines = "\n".join(rows)
+    rustc = ["rustc", "--version"]
+    version = subprocess.run(rustc, check=True, capture_output=True, text=True).stdout.split()[1]  # noqa: S603
+    return f"""\
+# Instructions of the core's operations
+
+User-space instructions on a kernel that does nothing, counted by callgrind: unlike times, they can be compared
+between machines and runs. Made anew by `python tools/callgrind.py docs/callgrind.md`, which needs valgrind; this
+table is of rustc {version}. `cargo bench` times the same operations (`benches/core.rs`).
+
+| operation | what it does | instructions |
+|---|---|---|
+{lines}
+"""
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from mshv_irqfd.handles import IrqFdRoute as PublicIrqFdRoute
 from mshv_irqfd.handles import Partition as PublicPartition
 from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats, RoutingEntry
 
-__all__: Final = ["Batch", "EventFd", "IrqFdRoute", "MsiRoute", "Partition", "RawPartition"]
+__all__: Final = [
+    "Baseline",
+    "Batch",
+    "EventFd",
+    "IrqFdRoute",
+    "MsiRoute",
+    "Partition",
+    "RawPartition",
+    "null_partition",
+]
 
 @type_check_only
 class HasFileno(Protocol):
@@ -510,8 +519,20 @@ class RawPartition:
 
 @final
 class Baseline:
-    def __new__(cls, name: str, backend: str, routes: int) -> Self: ...
-    def run(self, workload: str, calls: int) -> int: ...
-    def close(self) -> None: ...
+    """A design of `src/bench` on a partition of its own, with one VP.
 
-def null_partition(gsis: range) -> Partition: ...
+    Args:
+        design: "floor", "floor-quiesced" or "rebuild".
+        backend: "mshv", "kvm", "simulated" or "null".
+        routes: how many.
+    """
+
+    def __new__(cls, name: str, backend: str, routes: int) -> Self: ...
+    def run(self, workload: str, calls: int) -> int:
+        """Runs a workload a number of times in a row, and returns the nanoseconds that all of them took."""
+
+    def close(self) -> None:
+        """Gives up the partition."""
+
+def null_partition(gsis: range) -> Partition:
+    """A partition whose kernel does nothing, with one VP."""

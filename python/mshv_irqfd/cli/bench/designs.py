@@ -93,14 +93,19 @@ class Timed:
         """Comes from any standing to another, by calls that are not timed."""
         raise NotImplementedError
 
+    def _take_up(self) -> None:
+        """Makes the steps on one route, which may be another than in the run before."""
+        raise NotImplementedError
+
     def run(self, workload: str, calls: int) -> int:
         """Runs a workload a number of times in a row, and returns the nanoseconds that all of them took."""
         begins, ends = (table.get(workload, Standing.ARMED) for table in (BEGINS, ENDS))
-        step = self.steps[workload]
         total = 0
         for _ in range(1 if begins == ends else calls):
             if self.standing != begins:
                 self._arrange(begins)
+            self._take_up()
+            step = self.steps[workload]
             repeat = range(calls if begins == ends else 1)
             start = perf_counter_ns()
             for _ in repeat:
@@ -155,11 +160,15 @@ class Package(Timed):
         for route in self.routes:
             route.close()
 
-    def _one_route(self) -> None:
-        """Takes the steps on one route from it directly, as a caller who keeps the route does."""
+    def _take_up(self) -> None:
+        # As a caller does who keeps the route.
+        if not self.routes:
+            return
         route = self.routes[self.middle]
         set_msi, mask, unmask = route.set_msi, route.mask, route.unmask
-        msis = cycle(turn[self.middle] for turn in self.msis)
+        # The first must be another than it has: setting that again would do nothing.
+        now = route.msi
+        msis = cycle(sorted((turn[self.middle] for turn in self.msis), key=lambda msi: msi == now))
 
         def retarget() -> None:
             set_msi(next(msis))
@@ -206,7 +215,6 @@ class Package(Timed):
             with self.partition.batch() as batch:
                 for route in others:
                     batch.mask(route)
-        self._one_route()
 
     def close(self) -> None:
         """Gives up the partition and its routes."""
@@ -382,8 +390,11 @@ class PlainPython(Timed):
             self._push()
             for index in range(self.count) if standing == Standing.ARMED else (self.middle,):
                 self._arm(index)
-        fd, write = self.events[self.middle], os.eventfd_write
-        self.steps["signal"] = lambda: write(fd, 1)
+
+    def _take_up(self) -> None:
+        if self.events:
+            fd, write = self.events[self.middle], os.eventfd_write
+            self.steps["signal"] = lambda: write(fd, 1)
 
     def close(self) -> None:
         """Closes the eventfds and the partition."""

@@ -53,12 +53,14 @@ def partitions(backend: str, seconds: float) -> list[Scenario]:
         for _ in range(3):
             begun = perf_counter_ns()
             with _open(backend, ROUTES_EACH) as partition:
-                _bring_up(partition, ROUTES_EACH)
+                kept = _bring_up(partition, ROUTES_EACH)
                 alone.append((perf_counter_ns() - begun) / 1e6)
+            del kept
         with ExitStack() as stack:
             begun = perf_counter_ns()
+            kept = []
             for _ in range(PARTITIONS):
-                _bring_up(stack.enter_context(_open(backend, ROUTES_EACH)), ROUTES_EACH)
+                kept += _bring_up(stack.enter_context(_open(backend, ROUTES_EACH)), ROUTES_EACH)
             together.append((perf_counter_ns() - begun) / 1e6 / PARTITIONS)
     what = f"opening one and bringing up {ROUTES_EACH} routes"
     return [
@@ -126,7 +128,8 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
     """What a Python thread gets done while another's pushes wait in the kernel."""
     shares: list[float] = []
     with _open(backend, ROUTES) as partition:
-        route = _bring_up(partition, ROUTES)[ROUTES // 2]
+        routes = _bring_up(partition, ROUTES)
+        route = routes[ROUTES // 2]
         msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (False, True)]
 
         def push(stop: threading.Event) -> None:
