@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-ROUTES = (1, 16, 64, 256, 1024, 2000)
+ROUTES = (1, 16, 64, 256, 1024, 2000, 4000)
 MOST_ROUTES = 4056
 """KVM's table has no room for more beside its pins."""
 QUICK_ROUTES = (1, 16)
