@@ -163,6 +163,9 @@ pub struct Partition {
     closed: AtomicBool,
     /// Changes of intent that the kernel had no part in, and so not the lock either.
     unheard: AtomicU64,
+    /// Held while waiting for `state`, which goes by turns that way: whoever gives it up finds the one that waits for it
+    /// here, and can't have it back before.
+    turn: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -177,8 +180,15 @@ impl Partition {
         let vps = if config.adopted { config.vps } else { Some(VpSet::default()) };
         let gsis = GsiAllocator::new(config.gsis.len());
         let state = Mutex::new(State::new(hypervisor, gsis, config.gsis.clone(), vps));
-        let partition =
-            Arc::new(Self { owner, fd, config, closed: AtomicBool::new(false), unheard: AtomicU64::new(0), state });
+        let partition = Arc::new(Self {
+            owner,
+            fd,
+            config,
+            closed: AtomicBool::new(false),
+            unheard: AtomicU64::new(0),
+            turn: Mutex::default(),
+            state,
+        });
         let mut all = partitions()?;
         all.retain(|other| other.strong_count() > 0);
         if let Some(fd) = fd.filter(|_| partition.config.adopted) {
@@ -198,6 +208,7 @@ impl Partition {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
