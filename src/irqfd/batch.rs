@@ -13,8 +13,8 @@ use super::route::{Intent, IrqFdRoute, Route};
 pub struct Batch {
     partition: Arc<Partition>,
     edits: Vec<(Arc<Route>, Edit)>,
-    /// Where the edit of a route is, by its GSI. If two routes have one, the batch holds a route that was closed or
-    /// another partition's, and will fail.
+    /// Where the edit of a route is, by its GSI. If two routes have one, one of them is closed or another partition's,
+    /// and the commit fails.
     places: Vec<usize>,
     foreign: Option<u32>,
 }
@@ -89,6 +89,10 @@ impl Batch {
         }
         // The order in which all batches take their routes.
         self.edits.sort_unstable_by_key(|(route, _)| (route.gsi, Arc::as_ptr(route) as usize));
+        // Two routes of one GSI: a closed one, and who has the GSI now. One of them may even be here twice.
+        if let Some(pair) = self.edits.windows(2).find(|pair| pair[0].0.gsi == pair[1].0.gsi) {
+            return Err(pair[0].0.closed());
+        }
         let mut routes: Vec<_> = self.edits.iter().map(|(route, edit)| (route, route.lock(), *edit)).collect();
         for (route, intent, _) in &routes {
             route.check(intent)?;

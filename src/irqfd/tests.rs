@@ -682,3 +682,18 @@ fn a_lapsed_route_is_not_armed_while_its_signals_are_being_taken() {
         assert!(taker.join().unwrap().unwrap());
     });
 }
+
+#[test]
+fn a_batch_with_a_closed_route_and_its_successor_on_the_gsi_fails_and_does_not_hang() {
+    let (partition, recorder) = partition(true);
+    let old = partition.new_route(None).unwrap();
+    old.close().unwrap();
+    let new = partition.new_route(None).unwrap();
+    assert_eq!(old.gsi(), new.gsi());
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    for route in [&old, &new, &old, &new] {
+        batch.set_msi(route, msi(0x41));
+    }
+    assert!(matches!(batch.commit(), Err(Error::Closed(_))));
+    assert_eq!(recorder.taken(), []);
+}
