@@ -49,3 +49,9 @@ def test_a_kernel_that_behaves_otherwise_is_reported_with_the_row(
 def test_without_a_device_the_probe_says_which_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--backend", "kvm", "--device", str(tmp_path / "none")]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_only_the_rows_asked_for_are_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments("kvm"), "--only", "GSI 4095"]) == 0
+    assert "1 rows" in capsys.readouterr().out
+    assert main([*arguments("kvm"), "--only", "no such row"]) == 2
