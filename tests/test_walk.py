@@ -94,10 +94,16 @@ class Walk:
         assert all(route.armed for route in self.routes)
 
 
-def numbers(interrupts: list[Interrupt], guest: Guest) -> Counter[int]:
-    """How many interrupts came of each route; fails for one that no route was ever set to."""
+TORN = -1
+
+
+def numbers(interrupts: list[Interrupt], guest: Guest, *, may_tear: bool = False) -> Counter[int]:
+    """How many interrupts came of each route; fails for one that no route was ever set to, unless it may be torn."""
     found: Counter[int] = Counter()
     for interrupt in interrupts:
+        if may_tear and interrupt.vector == 0:
+            found[TORN] += 1
+            continue
         number = (interrupt.vector - 0x20) // VECTORS
         assert 0 <= number < ROUTES, f"nobody asked for {interrupt}"
         if guest.counted:
@@ -159,14 +165,14 @@ def signalling(walk: Walk) -> Iterator[Signals]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("quiesce", [None, pytest.param(False, marks=pytest.mark.torn)])
+@pytest.mark.parametrize("quiesce", [None, False])
 def test_a_walk_under_signals_brings_no_interrupt_that_nobody_asked_for(
-    backend: Backend, open_guest: Callable[..., Guest], quiesce: bool | None
+    backend: Backend, open_guest: Callable[..., Guest], quiesce: bool | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if quiesce is False and not backend.quiesces:
         pytest.skip(f"{backend.name} does not quiesce anyhow")
-    if quiesce is False and backend.name == "mshv":
-        pytest.skip("signals are torn then, on purpose: `mshv-irqfd probe --torn-pushes` counts them")
+    # Without quiescing the mshv driver may tear a signal during a push. How often is chance: reported, not asserted.
+    may_tear = quiesce is False and backend.name == "mshv"
     guest = open_guest(quiesce=quiesce)
     walk = Walk(guest, seed=1)
     received: Counter[int] = Counter()
@@ -175,13 +181,17 @@ def test_a_walk_under_signals_brings_no_interrupt_that_nobody_asked_for(
             signals.more()
             walk.step()
             if guest.counted:
-                received += numbers(guest.arrived(), guest)
+                received += numbers(guest.arrived(), guest, may_tear=may_tear)
     walk.arm_all()
-    received += numbers(guest.arrived(), guest)
-    arms = guest.partition.stats().arms
+    received += numbers(guest.arrived(), guest, may_tear=may_tear)
+    torn = received.pop(TORN, 0)
+    stats = guest.partition.stats()
+    if may_tear:
+        with capsys.disabled():
+            print(f"\nnot quiesced: {torn} of {signals.total()} signals torn in {stats.pushes} pushes")  # noqa: T201
     if guest.counted:
         # A signal that overlaps an arming may come twice.
-        assert received.total() <= signals.total() + arms
+        assert received.total() <= signals.total() + stats.arms
     assert signals.total() > 0
     assert set(received) == set(range(ROUTES))
     # Once all is at rest, each signal is one interrupt.
