@@ -15,7 +15,7 @@ from mshv_irqfd.cli.bench.results import is_ours
 if TYPE_CHECKING:
     from mshv_irqfd.cli.bench.results import Compared, Results, Row, Summary
 
-WIDTH = 132
+WIDTH = 200
 """Columns where the output is no terminal."""
 
 
