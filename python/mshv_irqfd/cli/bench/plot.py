@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
 from mshv_irqfd.cli.bench.designs import WORKLOADS
 
@@ -59,6 +59,11 @@ def write(file: Path, run: Results) -> None:
             axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_minor_formatter(NullFormatter())
+            low, high = axes.get_ylim()
+            if high < 10 * low:
+                # Within a decade no power of ten may be in sight.
+                axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
+                axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axes.grid(visible=True, color="0.9")
         figure.supxlabel("live routes")
         figure.supylabel("median latency, microseconds")
