@@ -160,6 +160,9 @@ class EventFd:
     def _is_left_open(self) -> bool:
         """Whether a finalizer has something to warn of: not in a forked child."""
 
+    def _abandon(self) -> None:
+        """What a finalizer does: as close()."""
+
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 from mshv_irqfd import _core
 from mshv_irqfd.errors import HypervisorUnavailableError
@@ -19,40 +19,37 @@ DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs above those that are the IOAPIC's pins by custom."""
 
 
-class EventFd(_core.EventFd):  # noqa: D101 -- the docstring is the Rust half's
+class _Closable(Protocol):
+    def _is_left_open(self) -> bool: ...
+    def _abandon(self) -> None: ...
+
+
+class _Finalized:
+    """Closes and warns, as files do, if an object goes that was left open."""
+
+    __slots__ = ()
+
+    def __del__(self: _Closable) -> None:
+        if self._is_left_open():
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            finally:
+                self._abandon()
+
+
+class EventFd(_core.EventFd, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.EventFd.__doc__
     __slots__ = ()
 
-    def __del__(self) -> None:
-        if self._is_left_open():
-            try:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            finally:
-                self.close()
 
-
-class IrqFdRoute(_core.IrqFdRoute):  # noqa: D101 -- the docstring is the Rust half's
+class IrqFdRoute(_core.IrqFdRoute, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IrqFdRoute.__doc__
     __slots__ = ()
 
-    def __del__(self) -> None:
-        if self._is_left_open():
-            try:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            finally:
-                self._abandon()
 
-
-class Partition(_core.Partition):  # noqa: D101 -- the docstring is the Rust half's
+class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()
-
-    def __del__(self) -> None:
-        if self._is_left_open():
-            try:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            finally:
-                self._abandon()
 
     @classmethod
     def from_fd(

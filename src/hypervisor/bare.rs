@@ -3,14 +3,13 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvm_bindings::{KVMIO, kvm_irq_routing_entry, kvm_irqfd};
+use kvm_bindings::{kvm_irq_routing_entry, kvm_irqfd};
 use mshv_bindings::{MSHV_IRQFD_BIT_DEASSIGN, mshv_user_irq_entry, mshv_user_irqfd};
-use mshv_ioctls::{MSHV_IRQFD, MSHV_SET_MSI_ROUTING};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
-use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
 use super::kvm::{self, KvmPartition};
 use super::mshv::{self, MshvPartition};
@@ -18,8 +17,6 @@ use super::null::NullPartition;
 use super::simulated::SimulatedPartition;
 use super::{CallError, CallResult, Hypervisor, Operation, RawMsi};
 use crate::hypervisor::event::EventFd;
-
-vmm_sys_util::ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, kvm_irqfd);
 
 /// A kernel's calls as a loop of `ioctl(2)` would make them, on a partition that is open already.
 pub trait Bare: Hypervisor + 'static {
@@ -79,19 +76,13 @@ impl<E: Copy> Image<E> {
     }
 }
 
-fn checked(result: libc::c_int, operation: Operation, call: &'static str) -> CallResult {
-    if result == 0 { Ok(()) } else { Err(CallError::last(operation, call)) }
-}
-
 fn sys_event() -> io::Result<SysEventFd> {
     SysEventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
 fn kvm_irqfd(vm: &KvmPartition, gsi: u32, event: &SysEventFd, flags: u32, operation: Operation) -> CallResult {
-    use std::os::fd::AsRawFd;
-    let irqfd = kvm_irqfd { fd: event.as_raw_fd() as u32, gsi, flags, ..Default::default() };
-    // SAFETY: the structure that KVM_IRQFD reads.
-    checked(unsafe { ioctl_with_ref(vm, KVM_IRQFD(), &irqfd) }, operation, "KVM_IRQFD")
+    let argument = kvm_irqfd { fd: event.as_raw_fd() as u32, gsi, flags, ..Default::default() };
+    kvm::irqfd(vm, &argument).map_err(|error| CallError::of(operation, "KVM_IRQFD", &error))
 }
 
 impl Bare for KvmPartition {
@@ -115,9 +106,9 @@ impl Bare for KvmPartition {
     }
 
     fn push_image(&self, image: &Image<Self::Entry>) -> CallResult {
-        // SAFETY: the image has the layout of `kvm_irq_routing` and as many entries as its header says.
-        let result = unsafe { ioctl_with_ptr(self, kvm::KVM_SET_GSI_ROUTING(), image.words.as_ptr()) };
-        checked(result, Operation::SetMsiRouting, "KVM_SET_GSI_ROUTING")
+        // SAFETY: an image of this kernel's entries has the layout of the ioctl's argument.
+        unsafe { kvm::set_routing(self, image.words.as_ptr()) }
+            .map_err(|error| CallError::of(Operation::SetMsiRouting, "KVM_SET_GSI_ROUTING", &error))
     }
 
     fn register(&self, gsi: u32, event: &SysEventFd) -> CallResult {
@@ -130,10 +121,8 @@ impl Bare for KvmPartition {
 }
 
 fn mshv_irqfd(vm: &MshvPartition, gsi: u32, event: &SysEventFd, flags: u32, operation: Operation) -> CallResult {
-    use std::os::fd::AsRawFd;
-    let irqfd = mshv_user_irqfd { fd: event.as_raw_fd(), resamplefd: 0, gsi, flags };
-    // SAFETY: the structure that MSHV_IRQFD reads.
-    checked(unsafe { ioctl_with_ref(vm, MSHV_IRQFD(), &irqfd) }, operation, "MSHV_IRQFD")
+    let argument = mshv_user_irqfd { fd: event.as_raw_fd(), resamplefd: 0, gsi, flags };
+    mshv::irqfd(vm, &argument).map_err(|error| CallError::of(operation, "MSHV_IRQFD", &error))
 }
 
 impl Bare for MshvPartition {
@@ -157,9 +146,9 @@ impl Bare for MshvPartition {
     }
 
     fn push_image(&self, image: &Image<Self::Entry>) -> CallResult {
-        // SAFETY: the image has the layout of `mshv_user_irq_table` and as many entries as its header says.
-        let result = unsafe { ioctl_with_ptr(self, MSHV_SET_MSI_ROUTING(), image.words.as_ptr()) };
-        checked(result, Operation::SetMsiRouting, "MSHV_SET_MSI_ROUTING")
+        // SAFETY: an image of this kernel's entries has the layout of the ioctl's argument.
+        unsafe { mshv::set_routing(self, image.words.as_ptr()) }
+            .map_err(|error| CallError::of(Operation::SetMsiRouting, "MSHV_SET_MSI_ROUTING", &error))
     }
 
     fn register(&self, gsi: u32, event: &SysEventFd) -> CallResult {

@@ -130,6 +130,18 @@ pub(super) fn irqfd(vm: &impl AsRawFd, argument: &kvm_irqfd) -> io::Result<()> {
     }
 }
 
+/// The ioctl for routing tables.
+///
+/// # Safety
+/// `table` has the layout of `kvm_irq_routing` and as many entries as its header says.
+pub(super) unsafe fn set_routing(vm: &impl AsRawFd, table: *const u64) -> io::Result<()> {
+    // SAFETY: promised by the caller.
+    match unsafe { ioctl_with_ptr(vm, KVM_SET_GSI_ROUTING(), table) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The entries that KVM makes for an irqchip (arch/x86/kvm/irq.c, `default_routing`).
 pub(super) fn pins() -> Vec<kvm_irq_routing_entry> {
     let pin = |gsi, irqchip, pin| {
@@ -174,11 +186,10 @@ impl Hypervisor for KvmPartition {
     fn push(&mut self) -> CallResult<usize> {
         const CALL: &str = "KVM_SET_GSI_ROUTING";
         let vm = self.vm(Operation::SetMsiRouting, CALL)?;
-        // SAFETY: the table has the layout of `kvm_irq_routing` and as many entries as its header says.
-        match unsafe { ioctl_with_ptr(vm, KVM_SET_GSI_ROUTING(), self.table.as_ptr()) } {
-            0 => Ok(self.table.len()),
-            _ => Err(CallError::last(Operation::SetMsiRouting, CALL)),
-        }
+        // SAFETY: the table keeps the layout of the ioctl's argument.
+        unsafe { set_routing(vm, self.table.as_ptr()) }
+            .map_err(|error| CallError::of(Operation::SetMsiRouting, CALL, &error))?;
+        Ok(self.table.len())
     }
 
     fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {

@@ -99,6 +99,11 @@ impl CallError {
         Self { operation, call, errno }
     }
 
+    /// The error of a system call.
+    pub fn of(operation: Operation, call: &'static str, error: &std::io::Error) -> Self {
+        Self::new(operation, call, error.raw_os_error().unwrap_or(libc::EIO))
+    }
+
     /// The error that the system call just made has left in `errno`.
     pub fn last(operation: Operation, call: &'static str) -> Self {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
@@ -175,8 +180,7 @@ pub trait Hypervisor: Send + fmt::Debug {
     /// taken with it: the kernel's own handler empties the counter under the eventfd's lock before the signaller's
     /// write returns (`mshv_irqfd_wakeup`, `irqfd_wakeup`). Returns the places of those that can't be read, and why.
     fn drain(&mut self, events: &[&EventFd]) -> Vec<(usize, CallError)> {
-        let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
-        let failed = |(place, error)| (place, CallError::new(Operation::Event, "preadv2", errno(error)));
+        let failed = |(place, error)| (place, CallError::of(Operation::Event, "preadv2", &error));
         event::drain(events).into_iter().map(failed).collect()
     }
     /// Creates the virtual processor with this index, which is also its APIC id.

@@ -69,13 +69,29 @@ impl MshvPartition {
         Self { vm: Vm::Adopted(fd), fd, table: Table::new(&keep) }
     }
 
-    fn irqfd(&self, gsi: u32, event: &EventFd, flags: u32) -> Result<(), i32> {
-        let irqfd = mshv_user_irqfd { fd: event.as_raw_fd(), resamplefd: 0, gsi, flags };
-        // SAFETY: the structure that MSHV_IRQFD reads.
-        match unsafe { ioctl_with_ref(self, MSHV_IRQFD(), &irqfd) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
-        }
+    fn irqfd(&self, gsi: u32, event: &EventFd, flags: u32) -> io::Result<()> {
+        irqfd(self, &mshv_user_irqfd { fd: event.as_raw_fd(), resamplefd: 0, gsi, flags })
+    }
+}
+
+/// The ioctl for irqfds, with whatever it is given.
+pub(super) fn irqfd(vm: &impl AsRawFd, argument: &mshv_user_irqfd) -> io::Result<()> {
+    // SAFETY: the structure that MSHV_IRQFD reads.
+    match unsafe { ioctl_with_ref(vm, MSHV_IRQFD(), argument) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The ioctl for routing tables.
+///
+/// # Safety
+/// `table` has the layout of `mshv_user_irq_table` and as many entries as its header says.
+pub(super) unsafe fn set_routing(vm: &impl AsRawFd, table: *const u64) -> io::Result<()> {
+    // SAFETY: promised by the caller.
+    match unsafe { ioctl_with_ptr(vm, MSHV_SET_MSI_ROUTING(), table) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -93,20 +109,19 @@ impl Hypervisor for MshvPartition {
     }
 
     fn push(&mut self) -> CallResult<usize> {
-        // SAFETY: the table has the layout of `mshv_user_irq_table` and as many entries as its header says.
-        match unsafe { ioctl_with_ptr(self, MSHV_SET_MSI_ROUTING(), self.table.as_ptr()) } {
-            0 => Ok(self.table.len()),
-            _ => Err(CallError::last(Operation::SetMsiRouting, "MSHV_SET_MSI_ROUTING")),
-        }
+        // SAFETY: the table keeps the layout of the ioctl's argument.
+        unsafe { set_routing(self, self.table.as_ptr()) }
+            .map_err(|error| CallError::of(Operation::SetMsiRouting, "MSHV_SET_MSI_ROUTING", &error))?;
+        Ok(self.table.len())
     }
 
     fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
-        self.irqfd(gsi, event, 0).map_err(|errno| CallError::new(Operation::AssignIrqfd, "MSHV_IRQFD", errno))
+        self.irqfd(gsi, event, 0).map_err(|error| CallError::of(Operation::AssignIrqfd, "MSHV_IRQFD", &error))
     }
 
     fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
         self.irqfd(gsi, event, 1 << MSHV_IRQFD_BIT_DEASSIGN)
-            .map_err(|errno| CallError::new(Operation::DeassignIrqfd, "MSHV_IRQFD (deassign)", errno))
+            .map_err(|error| CallError::of(Operation::DeassignIrqfd, "MSHV_IRQFD (deassign)", &error))
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {

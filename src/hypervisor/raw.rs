@@ -10,11 +10,9 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_irqfd};
 use mshv_bindings::{MSHV_IRQFD_BIT_DEASSIGN, MSHV_IRQFD_BIT_RESAMPLE, mshv_user_irq_entry, mshv_user_irqfd};
-use mshv_ioctls::{MSHV_IRQFD, MSHV_SET_MSI_ROUTING};
-use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
 use super::kvm::{self, KvmPartition};
-use super::mshv::MshvPartition;
+use super::mshv::{self, MshvPartition};
 use super::{CallResult, Hypervisor};
 
 /// A partition with VP 0.
@@ -83,13 +81,12 @@ impl RawPartition {
 
     fn push(&self, table: &[u64]) -> io::Result<()> {
         // SAFETY: a table made by `table` has the layout of the ioctl's argument and the length it says.
-        let result = unsafe {
+        unsafe {
             match self {
-                Self::Mshv(_) => ioctl_with_ptr(self, MSHV_SET_MSI_ROUTING(), table.as_ptr()),
-                Self::Kvm(_) => ioctl_with_ptr(self, kvm::KVM_SET_GSI_ROUTING(), table.as_ptr()),
+                Self::Mshv(partition) => mshv::set_routing(partition, table.as_ptr()),
+                Self::Kvm(partition) => kvm::set_routing(partition, table.as_ptr()),
             }
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        }
     }
 
     pub fn irqfd(&self, irqfd: RawIrqfd) -> io::Result<()> {
@@ -99,12 +96,7 @@ impl RawPartition {
             Self::Mshv(_) => {
                 let flags = flag(deassign, 1 << MSHV_IRQFD_BIT_DEASSIGN)
                     | flag(resample.is_some(), 1 << MSHV_IRQFD_BIT_RESAMPLE);
-                let argument = mshv_user_irqfd { fd: event, resamplefd: resample.unwrap_or(0), gsi, flags };
-                // SAFETY: the structure that MSHV_IRQFD reads.
-                match unsafe { ioctl_with_ref(self, MSHV_IRQFD(), &argument) } {
-                    0 => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
-                }
+                mshv::irqfd(self, &mshv_user_irqfd { fd: event, resamplefd: resample.unwrap_or(0), gsi, flags })
             }
             Self::Kvm(_) => {
                 let flags =

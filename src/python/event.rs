@@ -175,6 +175,11 @@ impl EventFd {
         }
     }
 
+    /// What a finalizer does: as close().
+    fn _abandon(&self) {
+        self.close();
+    }
+
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
         slf
     }
