@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from backends import Guest
+from backends import Guest, SimulatedGuest
 from mshv_irqfd import ClosedError, EventFd, IrqFdError
 from support import collect, msi, still_works
 
@@ -281,6 +281,21 @@ def test_an_eventfd_is_free_again_when_its_route_is_closed(guest: Guest, theirs:
             route.set_msi(msi(vector))
             os.eventfd_write(theirs, 1)
             guest.receives(msi(vector))
+
+
+def test_an_eventfd_is_free_again_when_the_partition_of_its_broken_route_is_closed(
+    open_simulated: Callable[..., SimulatedGuest], theirs: int
+) -> None:
+    closed, other = open_simulated().partition, open_simulated().partition
+    route = closed.new_irqfd_route(event=theirs)
+    route.set_msi(msi(0x41))
+    closed.fail("deassign_irqfd", errno.ENOMEM)
+    with pytest.raises(IrqFdError):
+        route.close()
+    with pytest.raises(ValueError, match="of another partition"):
+        other.new_irqfd_route(event=theirs)
+    closed.close()
+    other.new_irqfd_route(event=theirs).close()
 
 
 def test_a_refused_eventfd_leaves_the_lowest_gsi_free(guest: Guest) -> None:

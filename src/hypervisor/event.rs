@@ -77,7 +77,8 @@ impl EventFd {
     }
 
     fn info(&self) -> io::Result<Info> {
-        std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd())).map(Info)
+        // Once closed, the number may be another file's.
+        self.using(|fd| std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).map(Info))
     }
 
     /// The kernel's number for this eventfd, the same for every duplicate; `None` before Linux 5.2.
@@ -89,8 +90,11 @@ impl EventFd {
         Ok(*self.id.get_or_init(|| id))
     }
 
-    /// Whether the other is a duplicate of this one.
+    /// Whether the other is a duplicate of this one, and both are open.
     pub fn is_same(&self, other: &Self) -> io::Result<bool> {
+        if self.is_closed() || other.is_closed() {
+            return Ok(false);
+        }
         Ok(match (self.id()?, other.id()?) {
             (Some(this), Some(other)) => this == other,
             _ => descriptor::same_file(self.as_raw_fd(), other.as_raw_fd()) == Some(true),
@@ -311,6 +315,19 @@ mod tests {
         let twin = EventFd::adopt(event.as_raw_fd()).unwrap();
         assert_eq!(event.id().unwrap(), twin.id().unwrap());
         assert_ne!(event.id().unwrap(), EventFd::new().unwrap().id().unwrap());
+    }
+
+    #[test]
+    fn a_closed_event_is_no_duplicate_of_what_has_its_number_or_its_eventfd() {
+        let (event, looked_at) = (EventFd::new().unwrap(), EventFd::new().unwrap());
+        looked_at.id().unwrap();
+        let twin = EventFd::adopt(looked_at.as_raw_fd()).unwrap();
+        event.close();
+        looked_at.close();
+        let others: Vec<_> = (0..8).map(|_| EventFd::new().unwrap()).collect();
+        assert!(others.iter().all(|other| !event.is_same(other).unwrap()));
+        assert!(!looked_at.is_same(&twin).unwrap());
+        assert!(event.id().is_err());
     }
 
     #[test]
