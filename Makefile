@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: help build-dev test lint lab demo wheel stubs format clean
+# Runs and steps of the model test at length, by backend.
+SOAK_SIMULATED ?= 2000x50
+SOAK_KVM ?= 500x50
+SOAK_MSHV ?= 100x50
+
+.PHONY: help build-dev test soak lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -21,6 +26,14 @@ build-dev: $(VENV)/ready ## Builds the package into the virtual environment, for
 test: build-dev ## Runs every test: Rust's, then Python's on every backend that this machine has
 	cargo test --quiet --locked
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+soak: build-dev ## Runs the model test at length on every backend, mshv in the lab, and prints how much was tried
+	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated tests/test_model.py
+	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" tests/test_model.py
+	lab/build
+	MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler core --timeout 3600 \
+		--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_MODEL -- \
+		$(RUN) -m pytest -p no:cacheprovider -rP -k mshv tests/test_model.py
 
 lint: build-dev ## Checks format, style, types, and the stub against the module
 	cargo fmt --check

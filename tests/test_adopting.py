@@ -59,7 +59,10 @@ class KvmVm:
         fcntl.ioctl(self.fd, KVM_SET_GSI_ROUTING, table)
 
     def arm(self, gsi: int, event: int) -> None:
-        fcntl.ioctl(self.fd, KVM_IRQFD, struct.pack("IIII16x", event, gsi, 0, 0))
+        self.irqfd(gsi, event, 0)
+
+    def irqfd(self, gsi: int, event: int, flags: int) -> None:
+        fcntl.ioctl(self.fd, KVM_IRQFD, struct.pack("IIII16x", event, gsi, flags, 0))
 
     def vectors(self) -> set[int]:
         """Takes the vectors that wait in the IRR."""

@@ -1,0 +1,703 @@
+"""The whole API against a model of it: after every step, states, table, armed irqfds and interrupts are the model's.
+
+`MSHV_IRQFD_MODEL` sets how many runs of how many steps, as in "2000x50". A failing run ends with a script that
+replays it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+
+import model
+import pytest
+from backends import KVM_IRQFD_FLAG_DEASSIGN, Backend, KvmGuest, SimulatedGuest, _interrupt
+from conftest import need
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from mshv_irqfd import (
+    ClosedError,
+    GsiExhaustedError,
+    GsiState,
+    Interrupt,
+    IrqFdError,
+    IrqFdRoute,
+    MissingVpError,
+    MsiRoute,
+    Partition,
+    RouteBrokenError,
+    RoutingEntry,
+    RoutingError,
+    SimulatedPartition,
+)
+from support import recorded
+from test_adopting import KvmVm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from backends import Guest
+
+P = ParamSpec("P")
+Action = Literal["set_msi", "clear_msi", "mask", "unmask"]
+Call = Literal["set_msi_routing", "assign_irqfd", "deassign_irqfd"]
+
+FAILURES = st.lists(
+    st.tuples(
+        st.sampled_from(["set_msi_routing", "assign_irqfd", "deassign_irqfd"]), st.integers(0, 4), st.integers(1, 3)
+    ),
+    max_size=3,
+)
+"""Which calls are to fail: after how many of their kind, and how many then."""
+
+FIRST_GSI = 24
+KEPT = {200: MsiRoute.fixed(0xC8, 0)}
+FULL = 2**64 - 2
+
+
+def msi_of(gsi: int, number: int) -> MsiRoute:
+    """One of eight MSIs that no other GSI has: most to VP 0, one to VP 1, one to a VP that is never there."""
+    vector = 0x20 + 8 * (gsi - FIRST_GSI) + number
+    data = {3: 0x100, 4: 0xC000}.get(number, 0)  # lowest priority; level-triggered
+    destination = {6: 1, 7: 5}.get(number, 0)
+    return MsiRoute(0xFEE00000 | destination << 12, data | vector)
+
+
+def gsi_of(vector: int) -> int:
+    return FIRST_GSI + (vector - 0x20) // 8
+
+
+class AdoptedGuest(KvmGuest):
+    """A VM of KVM that was made without the package, and adopted."""
+
+    def __init__(self, vm: KvmVm, partition: Partition) -> None:
+        super().__init__(partition)
+        self.vm = vm
+
+    def arrived(self) -> list[Interrupt]:
+        for flags in (KVM_IRQFD_FLAG_DEASSIGN, 0):
+            for route in self.partition.routes:
+                if route.armed:
+                    self.vm.irqfd(route.gsi, route.fileno(), flags)
+        return [Interrupt(vector) for vector in sorted(self.vm.vectors())]
+
+
+def step(function: Callable[P, None]) -> Callable[P, None]:
+    """Logs a step as a line of a script, makes it, and compares everything."""
+
+    @functools.wraps(function)
+    def logged(*args: P.args, **kwargs: P.kwargs) -> None:
+        machine = args[0]
+        assert isinstance(machine, Machine)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        machine.script.append(f"machine.{function.__name__}({arguments})")
+        try:
+            function(*args, **kwargs)
+            machine.compare()
+        except Exception as error:
+            error.add_note("A script that replays this, to be run in tests/:\n" + "\n".join(machine.script))
+            raise
+        Machine.steps += 1
+
+    return logged
+
+
+class Machine(RuleBasedStateMachine):
+    """A partition, the model of it, and steps that are made on both."""
+
+    runs = steps = faults = races = 0
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        Machine.runs += 1
+        self.name = name
+        self.script = ["from test_model import Machine", f"machine = Machine({name!r})"]
+        self.options: tuple[bool | None, int] = (None, 1)
+        self.handles: list[tuple[IrqFdRoute, model.Route]] = []
+        self.closed: list[IrqFdRoute] = []
+        self.events: dict[int, model.Event] = {}
+        """The caller's eventfds, which outlive the routes that have duplicates of them."""
+        self.owed = 0
+        """Failures that were asked for and have not struck."""
+        self.epoll: tuple[int, set[int]] | None = None
+        self.open_partition()
+
+    # Setting the scene
+
+    def open_partition(self) -> None:
+        quiesce, size = self.options
+        gsis = range(FIRST_GSI, FIRST_GSI + size)
+        files = _epolls()
+        self.guest: Guest
+        if self.name == "adopted":
+            self.vm = KvmVm()
+            keep = [RoutingEntry(gsi, msi.address, msi.data) for gsi, msi in KEPT.items()]
+            partition = Partition.from_fd(self.vm, "kvm", gsis=gsis, keep=keep, vps=1, quiesce=quiesce)
+            self.guest = AdoptedGuest(self.vm, partition)
+        else:
+            backend = Backend(self.name)
+            self.guest = backend.guest(backend.open(gsis=gsis, quiesce=quiesce))
+        self.partition = self.guest.partition
+        self.model = model.Partition(gsis, {0}, KEPT if self.name == "adopted" else {})
+        self.owed = self.failures = 0
+        if isinstance(self.guest, SimulatedGuest):
+            (fd,) = _epolls() - files
+            self.epoll = fd, _watched(fd)
+
+    @initialize(quiesce=st.sampled_from([None, True, False]), size=st.integers(1, 5), routes=st.integers(0, 4))
+    @step
+    def begin(self, quiesce: bool | None, size: int, routes: int) -> None:
+        """A partition with these options and some routes, instead of the one that it started with."""
+        # Without quiescing the mshv driver tears signals that overlap a push.
+        self.options = (None if self.name == "mshv" else quiesce), size
+        self.end_partition()
+        self.open_partition()
+        for _ in range(routes):
+            self.make_route(None, model.Event())
+
+    def end_partition(self) -> None:
+        routes = [route for _, route in self.handles]
+        before = self.failures
+        try:
+            self.partition.close()
+        except IrqFdError:
+            assert self.struck(before) > 0
+        else:
+            assert self.struck(before) == 0
+        for handle, _ in self.handles:
+            assert handle.closed
+            with pytest.raises(ClosedError):
+                handle.mask()
+        with pytest.raises(ClosedError):
+            self.partition.new_irqfd_route()
+        for route in (*routes, *self.model.stuck):
+            if route.broken:
+                route.event.pending = None
+        self.handles.clear()
+        self.closed.clear()
+        if self.name == "adopted":
+            self.vm.close()
+
+    def teardown(self) -> None:
+        with suppress(IrqFdError):
+            self.partition.close()
+        if self.name == "adopted":
+            with suppress(OSError):
+                self.vm.close()
+        for fd in self.events:
+            os.close(fd)
+
+    # The steps
+
+    @rule()
+    @step
+    def start_anew(self) -> None:
+        """Closing a partition closes its routes, and the caller's eventfds go on."""
+        self.end_partition()
+        self.compare_events()
+        self.open_partition()
+
+    @rule()
+    @step
+    def new_route(self) -> None:
+        self.make_route(None, model.Event())
+
+    @rule(blocking=st.booleans(), pending=st.booleans())
+    @step
+    def new_route_on_an_eventfd(self, blocking: bool, pending: bool) -> None:
+        fd = os.eventfd(int(pending), os.EFD_CLOEXEC | (0 if blocking else os.EFD_NONBLOCK))
+        self.events[fd] = model.Event(pending=pending)
+        self.make_route(fd, self.events[fd])
+
+    @precondition(lambda self: self.events)
+    @rule(number=st.integers(0, 3))
+    @step
+    def new_route_on_an_eventfd_used_before(self, number: int) -> None:
+        fd = sorted(self.events)[number % len(self.events)]
+        self.make_route(fd, self.events[fd])
+
+    @rule()
+    @step
+    def new_route_on_a_wrong_file(self) -> None:
+        semaphore = os.eventfd(1, os.EFD_SEMAPHORE)
+        read, write = os.pipe()
+        for fd in (semaphore, read, write):
+            with pytest.raises(ValueError, match=str(fd)):
+                self.partition.new_irqfd_route(event=fd)
+            os.close(fd)
+
+    def make_route(self, fd: int | None, event: model.Event) -> None:
+        if any(route.event is event for route in (*self.model.routes.values(), *self.model.stuck)):
+            with pytest.raises(ValueError, match="is the eventfd of the route of GSI"):
+                self.partition.new_irqfd_route(event=fd)
+        elif not self.model.free:
+            with pytest.raises(GsiExhaustedError):
+                self.partition.new_irqfd_route(event=fd)
+        else:
+            self.handles.append((self.partition.new_irqfd_route(event=fd), self.model.open_route(event)))
+
+    @rule()
+    @step
+    def create_vp(self) -> None:
+        if self.name == "adopted" or 1 in self.model.vps:
+            with pytest.raises((ValueError, OSError)):
+                self.partition.create_vp(1)
+        else:
+            self.partition.create_vp(1)
+            self.model.vps.add(1)
+
+    def let_fail(self, failures: list[tuple[Call, int, int]]) -> None:
+        """Lets calls fail, in this step or, if it makes too few of them, in a later one."""
+        if isinstance(self.partition, SimulatedPartition):
+            for call, after, times in failures:
+                self.partition.fail(call, errno.ENOMEM, after=after, times=times)
+                self.owed += times
+
+    @precondition(lambda self: self.handles)
+    @rule(
+        number=st.integers(0, 4),
+        action=st.sampled_from(["set_msi", "set_msi", "clear_msi", "mask", "unmask"]),
+        msi=st.integers(0, 7),
+        racing=st.booleans(),
+        failures=FAILURES,
+    )
+    @step
+    def change(
+        self, number: int, action: Action, msi: int, racing: bool, failures: list[tuple[Call, int, int]]
+    ) -> None:
+        """One route is changed, while a thread signals it or not."""
+        self.let_fail(failures)
+        handle, route = self.pick(number)
+        target = msi_of(route.gsi, msi)
+        self.try_changes(
+            [_changed(model.Change(route, route.masked, route.msi), action, target)],
+            lambda: _do(handle, handle, action, target),
+            handle if racing else None,
+        )
+
+    @precondition(lambda self: self.handles)
+    @rule(
+        edits=st.lists(
+            st.tuples(
+                st.integers(0, 4), st.sampled_from(["set_msi", "clear_msi", "mask", "unmask"]), st.integers(0, 6)
+            ),
+            max_size=7,
+        ),
+        racing=st.booleans(),
+        failures=FAILURES,
+    )
+    @step
+    def commit(self, edits: list[tuple[int, Action, int]], racing: bool, failures: list[tuple[Call, int, int]]) -> None:
+        """Some routes are changed in a batch, while a thread signals one of them or not."""
+        self.let_fail(failures)
+        batch, changes = self.partition.batch(), dict[model.Route, model.Change]()
+        for number, action, msi in edits:
+            handle, route = self.pick(number)
+            target = msi_of(route.gsi, msi)
+            _do(batch, handle, action, target)
+            before = changes.get(route, model.Change(route, route.masked, route.msi))
+            changes[route] = _changed(before, action, target)
+        self.try_changes(list(changes.values()), batch.commit, self.pick(edits[0][0])[0] if racing and edits else None)
+        with pytest.raises(ClosedError):
+            batch.commit()
+
+    def try_changes(self, changes: list[model.Change], change: Callable[[], None], racing: IrqFdRoute | None) -> None:
+        """Makes changes on both sides, and tells the model how they went."""
+        before = {route: route.msi for _, route in self.handles}
+        struck_before, signaller = self.failures, None
+        if racing is not None:
+            Machine.races += 1
+            signaller = _signaller(racing)
+        failed = False
+        if any(change.route.broken for change in changes):
+            with pytest.raises(RouteBrokenError):
+                change()
+        elif self.model.lacks_vp(changes):
+            with pytest.raises(MissingVpError):
+                change()
+        else:
+            try:
+                change()
+            except (RoutingError, IrqFdError):
+                failed = True
+            struck = self.struck(struck_before)
+            for one in changes:
+                if one.msi is not None:
+                    one.route.asked.add(one.msi)
+            if failed:
+                assert struck > 0, "it raised although no call had failed"
+                self.model.fail(changes)
+                self.take_over_failure(changes, before, struck)
+            else:
+                others = [*self.model.broken, *(route for _, route in self.handles if route.lapsed)]
+                assert struck == 0 or others, "a call failed, and it did not raise"
+                lapsed = [route for _, route in self.handles if route.lapsed]
+                self.model.succeed(changes, struck)
+                self.take_over_lapsed(lapsed)
+        if signaller is not None:
+            signaller.join()
+            route = next(route for handle, route in self.handles if handle is racing)
+            asked = {one.route: one.msi for one in changes}
+            self.model.overlap(route, before[route], asked.get(route))
+
+    def take_over_failure(
+        self, changes: list[model.Change], before: dict[model.Route, MsiRoute | None], struck: int
+    ) -> None:
+        """A single failure leaves all as it was. If the way back failed too, some are broken or not armed again."""
+        changed = [change.route for change in changes]
+        for handle, route in self.handles:
+            assert (handle.msi, handle.masked) == (before[route], route.masked)
+            if handle.state is GsiState.BROKEN and not route.broken:
+                assert struck > 1, "a route broke although the way back was free"
+                assert route in changed, "a route broke that nothing was asked of"
+                self.model.give_up(route)
+                route.event.pending = None
+            elif route.armed and not handle.armed:
+                assert struck > 1, "a route was not armed again although the way back was free"
+                route.lapsed = True
+        # An inert entry may stay, and an old inert one may have gone.
+        seen = self.table()
+        for gsi, msi in seen.items():
+            asked = {change.wanted for change in changes if change.route.gsi == gsi}
+            known = {self.model.table.get(gsi), self.model.entries.get(gsi)} | asked
+            assert gsi in self.model.broken or msi in known, f"nobody asked for an entry {msi} of GSI {gsi}"
+        for route in self.model.routes.values():
+            assert not route.armed or seen.get(route.gsi) == route.msi, f"{route} is armed and not routed"
+        self.model.table = seen
+        self.model.pushes = self.partition.stats().pushes
+
+    def take_over_lapsed(self, lapsed: list[model.Route]) -> None:
+        """A route that an earlier failure left disarmed is armed with the next push, if that can be done."""
+        for handle, route in self.handles:
+            if route in lapsed and route.lapsed and handle.armed:
+                route.lapsed = False
+                route.event.drained()
+
+    @precondition(lambda self: self.handles)
+    @rule(
+        number=st.integers(0, 4),
+        how=st.sampled_from(["signal", "view", "fill", "write", "original", "thread"]),
+    )
+    @step
+    def signal(self, number: int, how: str) -> None:
+        """A signal while nothing else happens."""
+        handle, route = self.pick(number)
+        fds = [fd for fd, event in self.events.items() if event is route.event]
+        if how == "view":
+            handle.event.signal(3)
+        elif how == "fill" and not route.broken:
+            handle.event.signal(FULL)
+            route.event.full = not route.armed
+        elif how == "write" and not route.event.full:
+            os.eventfd_write(handle.fileno(), 1)
+        elif how == "original" and fds and not route.event.full:
+            os.eventfd_write(fds[0], 1)
+        elif how == "thread":
+            signaller = _signaller(handle)
+            signaller.join()
+        else:
+            handle.signal()
+        self.model.signal(route.event)
+
+    @precondition(lambda self: any(not event.full for event in self.events.values()))
+    @rule(number=st.integers(0, 3))
+    @step
+    def write_to_a_callers_eventfd(self, number: int) -> None:
+        """Whoever has it may write to it, whether or not it is a route's."""
+        fds = sorted(fd for fd, event in self.events.items() if not event.full)
+        fd = fds[number % len(fds)]
+        os.eventfd_write(fd, 1)
+        self.model.signal(self.events[fd])
+
+    @precondition(lambda self: self.handles)
+    @rule(number=st.integers(0, 4), view=st.booleans())
+    @step
+    def consume(self, number: int, view: bool) -> None:
+        """Takes what is pending, so that it is never delivered."""
+        handle, route = self.pick(number)
+        taken = handle.event.consume() > 0 if view else handle.consume_pending()
+        expected = False if route.armed else route.event.pending
+        assert expected in (taken, None)
+        if not route.armed:
+            route.event.drained()
+
+    @precondition(lambda self: self.events)
+    @rule(number=st.integers(0, 3))
+    @step
+    def close_a_callers_eventfd(self, number: int) -> None:
+        """The route has a duplicate."""
+        fd = sorted(self.events)[number % len(self.events)]
+        os.close(fd)
+        del self.events[fd]
+
+    @precondition(lambda self: self.handles)
+    @rule(number=st.integers(0, 4), failures=FAILURES)
+    @step
+    def close(self, number: int, failures: list[tuple[Call, int, int]]) -> None:
+        self.let_fail(failures)
+        handle, route = self.pick(number)
+        before = self.failures
+        self.handles.remove((handle, route))
+        try:
+            handle.close()
+        except IrqFdError:
+            assert self.struck(before) == 1
+            self.model.close(route, failed=True)
+        else:
+            assert self.struck(before) == 0
+            self.model.close(route, failed=False)
+        handle.close()
+        self.closed.append(handle)
+
+    @precondition(lambda self: self.handles and not self.owed)
+    @rule(number=st.integers(0, 4))
+    @step
+    def drop(self, number: int) -> None:
+        """A route that nobody refers to any more is closed, with a warning."""
+        handle, route = self.pick(number)
+        self.handles.remove((handle, route))
+        with recorded() as warnings:
+            del handle
+        assert [category for category, _ in warnings] == [ResourceWarning]
+        self.model.close(route, failed=False)
+
+    @precondition(lambda self: self.closed)
+    @rule(number=st.integers(0, 3))
+    @step
+    def use_what_is_closed(self, number: int) -> None:
+        """It is refused, alone and in a batch, and nothing else of that batch is done."""
+        handle = self.closed[number % len(self.closed)]
+        batch = self.partition.batch()
+        for other, route in self.handles:
+            batch.set_msi(other, msi_of(route.gsi, 2))
+        batch.unmask(handle)
+        uses: list[Callable[[], object]] = [
+            handle.mask,
+            handle.unmask,
+            handle.clear_msi,
+            handle.signal,
+            handle.consume_pending,
+            lambda: handle.set_msi(msi_of(handle.gsi, 0)),
+            lambda: (handle.state, handle.pending),
+        ]
+        for use in uses:
+            with pytest.raises(ClosedError):
+                use()
+        if any(route.broken for _, route in self.handles):
+            with pytest.raises((ClosedError, RouteBrokenError)):
+                batch.commit()
+        else:
+            with pytest.raises(ClosedError):
+                batch.commit()
+
+    # What is compared
+
+    def pick(self, number: int) -> tuple[IrqFdRoute, model.Route]:
+        return self.handles[number % len(self.handles)]
+
+    def struck(self, before: int) -> int:
+        """How many calls have failed since; no more than were asked to."""
+        self.failures = self.partition.stats().failures
+        struck = self.failures - before
+        self.owed -= struck
+        Machine.faults += struck
+        assert self.owed >= 0, "a call failed that was not asked to"
+        return struck
+
+    def table(self) -> dict[int, MsiRoute]:
+        return {
+            entry.gsi: MsiRoute(entry.address, entry.data)
+            for entry in self.partition.routing_table()
+            if entry.gsi not in self.model.keep
+        }
+
+    def compare(self) -> None:
+        assert self.partition.stats().failures == self.failures, "a call failed that was not asked to"
+        self.compare_interrupts()
+        self.compare_routes()
+        self.compare_partition()
+        self.compare_events()
+
+    def compare_interrupts(self) -> None:
+        arrived = defaultdict[int, list[Interrupt]](list)
+        for interrupt in self.guest.arrived():
+            arrived[gsi_of(interrupt.vector)].append(interrupt)
+        pending = {route.gsi: handle.pending for handle, route in self.handles}
+        for gsi in arrived.keys() | self.model.due.keys():
+            due, came = self.model.due[gsi], arrived[gsi]
+            expected = f"GSI {gsi} is due {due}, and {came} came"
+            if self.guest.counted:
+                assert set(came) <= set(map(_interrupt, due.msis)), expected
+                assert due.least <= len(came) <= due.most, expected
+            else:
+                assert {one.vector for one in came} <= {msi.vector for msi in due.msis}, expected
+                assert (due.least > 0) <= len(came) <= due.most, expected
+            if due.or_pending and gsi in pending:
+                assert came or pending[gsi], f"the signal of GSI {gsi} was lost"
+        self.model.due.clear()
+
+    def compare_routes(self) -> None:
+        for handle, route in self.handles:
+            told = (handle.gsi, handle.masked, handle.msi, handle.armed, handle.state, handle.closed)
+            assert told == (route.gsi, route.masked, route.msi, route.armed, _state(route), False)
+            if route.event.pending is None:
+                route.event.pending = handle.pending if not route.broken else None
+                route.event.full = False
+            else:
+                assert handle.pending == route.event.pending, f"of {route}"
+
+    def compare_partition(self) -> None:
+        partition, expected = self.partition, self.model
+        assert partition.vps == tuple(sorted(expected.vps))
+        assert [route.gsi for route in partition.routes] == sorted(expected.routes)
+        for gsi in partition.gsis:
+            state = GsiState.UNALLOCATED
+            if gsi in expected.broken:
+                state = GsiState.BROKEN
+            elif gsi in expected.routes:
+                state = _state(expected.routes[gsi])
+            assert partition.gsi_state(gsi) is state, f"of GSI {gsi}"
+        stats = partition.stats()
+        assert stats.pushes == expected.pushes
+        kept = [RoutingEntry(gsi, msi.address, msi.data) for gsi, msi in expected.keep.items() if stats.pushes]
+        assert kept == [entry for entry in partition.routing_table() if entry.gsi in expected.keep]
+        certain = [gsi for gsi in partition.gsis if gsi not in expected.broken]
+        seen = self.table()
+        assert {gsi: seen.get(gsi) for gsi in certain} == {gsi: expected.table.get(gsi) for gsi in certain}
+        self.compare_armed(stats.arms - stats.disarms)
+
+    def compare_armed(self, registered: int) -> None:
+        """Which irqfds there are, as our record and, of the simulated kernel, what its thread listens to have it."""
+        armed = {handle.fileno() for handle, route in self.handles if route.armed}
+        # A broken irqfd may or may not be there.
+        unsure = {handle.fileno() for handle, route in self.handles if route.broken}
+        assert len(armed) <= registered <= len(armed) + len(unsure) + len(self.model.stuck)
+        if self.epoll is not None and isinstance(self.guest, SimulatedGuest):
+            fd, always = self.epoll
+            watched = _watched(fd) - always
+            assert armed <= watched
+            if not self.model.stuck:
+                assert watched <= armed | unsure
+
+    def compare_events(self) -> None:
+        """The caller's side of eventfds tells the same as the route's."""
+        poll = select.poll()
+        for fd in self.events:
+            poll.register(fd, select.POLLIN)
+        readable = {fd for fd, _ in poll.poll(0)}
+        for fd, event in self.events.items():
+            if event.pending is None:
+                if any(route.event is event and route.broken for route in self.model.routes.values()):
+                    continue
+                if any(route.event is event for route in self.model.stuck):
+                    continue
+                event.pending = fd in readable
+            assert event.pending == (fd in readable), f"eventfd {fd}"
+
+
+def _state(route: model.Route) -> GsiState:
+    if route.broken:
+        return GsiState.BROKEN
+    return GsiState.ENABLED if route.armed else GsiState.DISABLED
+
+
+def _changed(change: model.Change, action: Action, msi: MsiRoute) -> model.Change:
+    match action:
+        case "set_msi":
+            return change._replace(msi=msi)
+        case "clear_msi":
+            return change._replace(msi=None)
+        case "mask":
+            return change._replace(masked=True)
+        case "unmask":
+            return change._replace(masked=False)
+
+
+def _do(target: Any, handle: IrqFdRoute, action: Action, msi: MsiRoute) -> None:
+    """Asks for a change of a route, of the route itself or of a batch."""
+    arguments: list[Any] = [] if target is handle else [handle]
+    getattr(target, action)(*arguments, *([msi] if action == "set_msi" else []))
+
+
+def _signaller(handle: IrqFdRoute) -> threading.Thread:
+    """A thread that signals once, on its way."""
+    began = threading.Event()
+
+    def signal() -> None:
+        began.set()
+        handle.signal()
+
+    thread = threading.Thread(target=signal)
+    thread.start()
+    began.wait()
+    return thread
+
+
+def _epolls() -> set[int]:
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if str(fd.readlink()) == "anon_inode:[eventpoll]":
+                found.add(int(fd.name))
+    return found
+
+
+def _watched(epoll: int) -> set[int]:
+    """The descriptors in an epoll set, as the kernel tells."""
+    lines = Path(f"/proc/self/fdinfo/{epoll}").read_text().splitlines()
+    return {int(line.split()[1]) for line in lines if line.startswith("tfd:")}
+
+
+def size() -> tuple[int, int]:
+    """How many runs, of how many steps."""
+    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "30x30").partition("x")
+    return int(runs), int(steps)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["simulated", "kvm", "adopted", "mshv"])
+def test_any_steps_leave_a_partition_as_the_model_has_it(name: str) -> None:
+    need("kvm" if name == "adopted" else name)
+    runs, steps = size()
+    Machine.runs = Machine.steps = Machine.faults = Machine.races = 0
+    machine: Any = functools.partial(Machine, name)
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=runs,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    sys.stdout.write(
+        f"{name}: {Machine.runs} runs, {Machine.steps} steps, {Machine.faults} calls failed, "
+        f"{Machine.races} signals raced\n"
+    )
+
+
+def test_a_failing_run_ends_with_a_script_that_replays_it() -> None:
+    machine = Machine("simulated")
+    machine.begin(quiesce=None, size=2, routes=1)
+    machine.change(number=0, action="set_msi", msi=1, racing=True, failures=[("assign_irqfd", 0, 1)])
+    machine.model.pushes += 1
+    with pytest.raises(AssertionError) as failure:
+        machine.signal(number=0, how="thread")
+    machine.teardown()
+    (note,) = failure.value.__notes__
+    _, _, script = note.partition("\n")
+    assert script.endswith("machine.signal(number=0, how='thread')")
+    # It runs to its end, for it is the model that was wrong here.
+    replay = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
+    assert replay.returncode == 0
