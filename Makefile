@@ -9,7 +9,7 @@ SOAK_SIMULATED ?= 2000x50
 SOAK_KVM ?= 500x50
 SOAK_MSHV ?= 100x50
 
-.PHONY: help build-dev test soak lint lab demo wheel stubs format clean
+.PHONY: help build-dev test soak interleavings lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -34,6 +34,9 @@ soak: build-dev ## Runs the model test at length on every backend, mshv in the l
 	MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler core --timeout 3600 \
 		--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_MODEL -- \
 		$(RUN) -m pytest -p no:cacheprovider -rP -k mshv tests/test_model.py
+
+interleavings: ## Tries the core's locks in many orders of threads (INTERLEAVINGS=n of each kind, 2000 by default)
+	RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test --quiet --locked --lib interleavings
 
 lint: build-dev ## Checks format, style, types, and the stub against the module
 	cargo fmt --check

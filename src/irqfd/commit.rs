@@ -426,6 +426,7 @@ impl State {
     }
 
     #[cfg(test)]
+    #[cfg(not(shuttle))]
     pub(super) fn stale_len(&self) -> usize {
         self.stale.len()
     }

@@ -6,10 +6,15 @@ mod batch;
 mod commit;
 mod error;
 mod gsi;
+#[cfg(test)]
+#[cfg(shuttle)]
+mod interleavings;
 mod msi;
 mod partition;
 mod route;
+mod sync;
 #[cfg(test)]
+#[cfg(not(shuttle))]
 mod tests;
 
 pub use batch::Batch;

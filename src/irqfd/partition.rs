@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, TryLockError, Weak};
 
 use super::commit::{Change, State};
 use super::error::{Error, Failure, Result};
 use super::gsi::GsiAllocator;
 use super::route::{IrqFdRoute, Route};
+use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::owner::{Owner, PerProcess};
 use crate::hypervisor::{Backend, CallError, Hypervisor, MAX_GSIS, Operation, RawMsi, Target, descriptor, kvm};
@@ -86,10 +87,12 @@ impl std::fmt::Display for VpSet {
     }
 }
 
-/// Every partition that this process has open, to tell what is given to two of them.
-static PARTITIONS: PerProcess<Mutex<Vec<Weak<Partition>>>> = PerProcess::new();
+type Partitions = std::sync::Mutex<Vec<Weak<Partition>>>;
 
-fn partitions() -> Result<MutexGuard<'static, Vec<Weak<Partition>>>> {
+/// Every partition that this process has open, to tell what is given to two of them.
+static PARTITIONS: PerProcess<Partitions> = PerProcess::new();
+
+fn partitions() -> Result<std::sync::MutexGuard<'static, Vec<Weak<Partition>>>> {
     let all = PARTITIONS.get().map_err(|error| unsupported_kernel(&error))?;
     Ok(all.lock().unwrap_or_else(PoisonError::into_inner))
 }

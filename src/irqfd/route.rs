@@ -1,13 +1,14 @@
 //! A route: one GSI, one eventfd, the MSI that a signal becomes, and whether it may.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use super::commit::Change;
 use super::error::{Error, Failure, Result};
 use super::msi::MsiRoute;
 use super::partition::{GsiState, Partition};
+use super::sync::{AtomicU64, Mutex, MutexGuard};
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::{CallError, Operation};
 

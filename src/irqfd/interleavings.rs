@@ -1,0 +1,286 @@
+//! The core's locks, tried in the orders in which threads can come: a few threads, a few operations, every rule.
+//!
+//! `make interleavings` builds this with shuttle in place of the standard library's locks. Its kernel delivers as the
+//! real ones do: a write to an armed eventfd is an interrupt before the write returns, and arming leaves the counter.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use shuttle::sync::Mutex;
+use shuttle::thread;
+
+use super::*;
+use crate::hypervisor::event::EventFd;
+use crate::hypervisor::{Backend, CallResult, Hypervisor, RawMsi};
+
+#[derive(Debug, Default)]
+struct Kernel {
+    image: BTreeMap<u32, RawMsi>,
+    table: BTreeMap<u32, RawMsi>,
+    armed: BTreeSet<u32>,
+    /// How many interrupts came, by GSI.
+    delivered: BTreeMap<u32, u32>,
+}
+
+impl Kernel {
+    fn deliver(&mut self, gsi: u32) {
+        assert!(self.table.contains_key(&gsi), "GSI {gsi} is armed without an entry");
+        *self.delivered.entry(gsi).or_default() += 1;
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Guest(Arc<Mutex<Kernel>>);
+
+impl Guest {
+    /// Each call is a point at which another thread may come in.
+    fn kernel<T>(&self, act: impl FnOnce(&mut Kernel) -> T) -> T {
+        act(&mut self.0.lock().unwrap())
+    }
+
+    /// What a write to the eventfd does.
+    fn signal(&self, route: &IrqFdRoute) -> bool {
+        self.kernel(|kernel| {
+            let written = route.signal(1).is_ok();
+            if written && kernel.armed.contains(&route.gsi()) && route.shared().event.consume().unwrap() != 0 {
+                kernel.deliver(route.gsi());
+            }
+            written
+        })
+    }
+}
+
+impl Hypervisor for Guest {
+    fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
+        self.kernel(|kernel| kernel.image.insert(gsi, msi));
+    }
+
+    fn drop_entry(&mut self, gsi: u32) {
+        self.kernel(|kernel| kernel.image.remove(&gsi));
+    }
+
+    fn push(&mut self) -> CallResult<usize> {
+        self.kernel(|kernel| {
+            assert!(kernel.armed.is_empty(), "a push meets an armed irqfd");
+            kernel.table = kernel.image.clone();
+            Ok(kernel.table.len())
+        })
+    }
+
+    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+        self.kernel(|kernel| {
+            assert!(kernel.table.contains_key(&gsi), "GSI {gsi} is armed without an entry");
+            assert!(kernel.armed.insert(gsi), "GSI {gsi} is armed twice");
+            if event.is_readable().unwrap() {
+                kernel.deliver(gsi);
+            }
+        });
+        Ok(())
+    }
+
+    fn deassign(&mut self, gsi: u32, _: &Arc<EventFd>) -> CallResult {
+        self.kernel(|kernel| assert!(kernel.armed.remove(&gsi), "GSI {gsi} is disarmed twice"));
+        Ok(())
+    }
+
+    fn drain(&mut self, event: &EventFd) -> CallResult {
+        self.kernel(|_| event.consume().unwrap());
+        Ok(())
+    }
+
+    fn create_vp(&mut self, _: u8) -> CallResult {
+        Ok(())
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        None
+    }
+}
+
+struct Scene {
+    partition: Arc<Partition>,
+    guest: Guest,
+    routes: Vec<Arc<IrqFdRoute>>,
+}
+
+fn msi(vector: u8) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000, vector.into()).unwrap()
+}
+
+/// A partition with so many armed routes.
+fn scene(count: u8) -> Scene {
+    let guest = Guest::default();
+    let config = Config {
+        backend: Backend::Mshv,
+        gsis: 24..28,
+        vps: None,
+        adopted: false,
+        quiesce: true,
+        allow_missing_vp: false,
+        keep: Vec::new(),
+    };
+    let partition = Partition::new(Box::new(guest.clone()), config).unwrap();
+    partition.create_vp(0).unwrap();
+    let routes: Vec<_> = (0..count).map(|_| Arc::new(partition.new_route(None).unwrap())).collect();
+    for (route, vector) in routes.iter().zip(0x41..) {
+        route.set_msi(msi(vector)).unwrap();
+    }
+    Scene { partition, guest, routes }
+}
+
+type Act = Box<dyn FnOnce() + Send>;
+
+fn together(acts: impl IntoIterator<Item = Act>) {
+    let threads: Vec<_> = acts.into_iter().map(thread::spawn).collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+impl Scene {
+    fn act(&self, at: usize, act: impl FnOnce(&IrqFdRoute) + Send + 'static) -> Act {
+        let route = Arc::clone(&self.routes[at]);
+        Box::new(move || act(&route))
+    }
+
+    fn commit(&self, order: [usize; 2], vector: u8, refused: bool) -> Act {
+        let (partition, routes) = (Arc::clone(&self.partition), self.routes.clone());
+        Box::new(move || {
+            let Ok(mut batch) = Batch::new(partition) else { return assert!(refused) };
+            order.iter().for_each(|at| batch.set_msi(&routes[*at], msi(vector + *at as u8)));
+            assert!(batch.commit().is_ok() || refused);
+        })
+    }
+
+    fn signal(&self, at: usize) -> Act {
+        let guest = self.guest.clone();
+        self.act(at, move |route| assert!(guest.signal(route)))
+    }
+
+    fn delivered(&self, at: usize) -> u32 {
+        let gsi = self.routes[at].gsi();
+        self.guest.kernel(|kernel| kernel.delivered.get(&gsi).copied().unwrap_or_default())
+    }
+
+    /// What is said of every route is so in the kernel.
+    fn check(&self) {
+        let table: BTreeMap<_, _> = self.partition.routing_table().unwrap().into_iter().collect();
+        for route in self.routes.iter().filter(|route| !route.is_closed()) {
+            let (gsi, wanted) = (route.gsi(), route.msi().unwrap().filter(|_| !route.masked().unwrap()));
+            self.guest.kernel(|kernel| {
+                assert_eq!(kernel.table, table);
+                assert_eq!(kernel.armed.contains(&gsi), wanted.is_some());
+                assert_eq!(route.armed().unwrap(), wanted.is_some());
+                assert!(wanted.is_none_or(|msi| table[&gsi] == msi.raw()));
+            });
+        }
+    }
+}
+
+/// Tries interleavings at random, and those that a few changes of priority tell apart.
+fn tried(scenario: fn()) {
+    let tries = std::env::var("INTERLEAVINGS").ok().and_then(|tries| tries.parse().ok()).unwrap_or(2000);
+    shuttle::check_random(scenario, tries);
+    shuttle::check_pct(scenario, tries, 3);
+}
+
+#[test]
+fn a_route_retargeted_while_another_is_signalled_loses_none_of_its_signals() {
+    tried(|| {
+        let scene = scene(2);
+        let retarget = scene.act(1, |route| route.set_msi(msi(0x51)).unwrap());
+        together([
+            scene.act(0, |route| route.set_msi(msi(0x52)).unwrap()),
+            retarget,
+            scene.signal(0),
+            scene.signal(0),
+        ]);
+        scene.check();
+        assert!((1..=2).contains(&scene.delivered(0)));
+        assert!(!scene.routes[0].pending().unwrap());
+    });
+}
+
+#[test]
+fn what_is_consumed_is_not_delivered_and_the_other_way_round() {
+    tried(|| {
+        let scene = scene(1);
+        let consumed = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let count = Arc::clone(&consumed);
+        let consume = scene.act(0, move |route| {
+            let taken = route.consume_pending().unwrap();
+            count.fetch_add(taken.into(), std::sync::atomic::Ordering::Relaxed);
+        });
+        let mask = scene.act(0, |route| {
+            route.mask().unwrap();
+            route.unmask().unwrap();
+        });
+        together([mask, consume, scene.signal(0)]);
+        scene.check();
+        let consumed = consumed.load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(scene.delivered(0) + consumed, 1);
+    });
+}
+
+#[test]
+fn batches_in_any_order_and_a_closing_partition_end_with_nothing_armed() {
+    tried(|| {
+        let scene = scene(2);
+        let partition = Arc::clone(&scene.partition);
+        let close = Box::new(move || partition.close().unwrap());
+        let maker = Arc::clone(&scene.partition);
+        let make = Box::new(move || {
+            if let Ok(route) = maker.new_route(None) {
+                assert!(route.set_msi(msi(0x71)).is_ok() || maker.new_route(None).is_err());
+            }
+        });
+        together([scene.commit([0, 1], 0x51, true), scene.commit([1, 0], 0x61, true), close, make]);
+        assert!(scene.routes.iter().all(|route| route.is_closed()));
+        assert!(scene.guest.kernel(|kernel| kernel.armed.is_empty()));
+    });
+}
+
+#[test]
+fn batches_over_the_same_routes_leave_both_as_one_of_them_said() {
+    tried(|| {
+        let scene = scene(2);
+        together([scene.commit([0, 1], 0x51, false), scene.commit([1, 0], 0x61, false), scene.signal(0)]);
+        scene.check();
+        let vectors = [0, 1].map(|at| scene.routes[at].msi().unwrap().unwrap().vector());
+        assert!([[0x51, 0x52], [0x61, 0x62]].contains(&vectors), "{vectors:x?}");
+        assert_eq!(scene.delivered(0), 1);
+    });
+}
+
+#[test]
+fn a_route_closed_under_its_users_is_closed_and_the_others_work() {
+    tried(|| {
+        let scene = scene(2);
+        let refused = |result: Result| assert!(matches!(result, Ok(()) | Err(Error::Closed(_))));
+        together([
+            scene.act(0, |route| route.close().unwrap()),
+            scene.act(0, move |route| refused(route.set_msi(msi(0x51)))),
+            scene.act(0, move |route| refused(route.mask())),
+            scene.commit([1, 0], 0x61, true),
+        ]);
+        scene.check();
+        assert!(scene.routes[0].is_closed());
+        let gsi = scene.routes[0].gsi();
+        assert!(scene.guest.kernel(|kernel| !kernel.armed.contains(&gsi)));
+        assert_eq!(scene.partition.new_route(None).unwrap().gsi(), gsi);
+        assert!(scene.guest.signal(&scene.routes[1]));
+        assert_eq!(scene.delivered(1), 1);
+    });
+}
+
+#[test]
+fn a_signal_of_a_route_that_is_masked_and_cleared_at_once_is_delivered_or_pending() {
+    tried(|| {
+        let scene = scene(1);
+        let mask = scene.act(0, |route| route.mask().unwrap());
+        let clear = scene.act(0, |route| route.clear_msi().unwrap());
+        together([mask, clear, scene.signal(0)]);
+        scene.check();
+        let pending = u32::from(scene.routes[0].pending().unwrap());
+        assert_eq!(scene.delivered(0) + pending, 1);
+    });
+}
