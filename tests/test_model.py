@@ -365,6 +365,11 @@ class Machine(RuleBasedStateMachine):
             elif route.armed and not handle.armed:
                 assert struck > 1, "a route was not armed again although the way back was free"
                 route.lapsed = True
+            elif route.lapsed and handle.armed:
+                # An earlier failure had left it disarmed, and this call came right as far as it was concerned.
+                assert route in changed
+                route.lapsed = False
+                route.event.drained()
         # An inert entry may stay, and an old inert one may have gone.
         seen = self.table()
         for gsi, msi in seen.items():
