@@ -557,7 +557,7 @@ class Machine(RuleBasedStateMachine):
             assert told == (route.gsi, route.masked, route.msi, route.armed, _state(route), False)
             if route.event.pending is None:
                 route.event.pending = handle.pending if not route.broken else None
-                route.event.full = False
+                route.event.full = route.event.full and handle.pending
             else:
                 assert handle.pending == route.event.pending, f"of {route}"
 
