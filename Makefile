@@ -8,8 +8,11 @@ RUN := $(BIN)/python
 SOAK_SIMULATED ?= 2000x50
 SOAK_KVM ?= 500x50
 SOAK_MSHV ?= 100x50
+# Seconds that each fuzz target runs.
+FUZZ_SECONDS ?= 120
+FUZZ_TARGETS := msi fdinfo table operations
 
-.PHONY: help build-dev test soak interleavings lint lab demo wheel stubs format clean
+.PHONY: help build-dev test soak interleavings fuzz sanitize lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -37,6 +40,19 @@ soak: build-dev ## Runs the model test at length on every backend, mshv in the l
 
 interleavings: ## Tries the core's locks in many orders of threads (INTERLEAVINGS=n of each kind, 2000 by default)
 	RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test --quiet --locked --lib interleavings
+
+# cargo-fuzz and the sanitizers ask for a nightly compiler's options, which the stable one has under this name.
+fuzz: export RUSTC_BOOTSTRAP := 1
+fuzz: ## Fuzzes what parses a caller's bytes, and the core with strings of operations (FUZZ_SECONDS each)
+	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	for target in $(FUZZ_TARGETS); do \
+		cargo fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	done
+
+sanitize: export RUSTC_BOOTSTRAP := 1
+sanitize: ## Runs the Rust tests under the address and leak sanitizers
+	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/sanitize \
+		cargo test --quiet --locked --lib --target x86_64-unknown-linux-gnu
 
 lint: build-dev ## Checks format, style, types, and the stub against the module
 	cargo fmt --check

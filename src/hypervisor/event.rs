@@ -241,10 +241,10 @@ impl Drop for EventFd {
 }
 
 /// The text of /proc/self/fdinfo/N (proc_pid_fdinfo(5)): a name, a colon and a value a line.
-struct Info(String);
+pub(super) struct Info(pub(super) String);
 
 impl Info {
-    fn field(&self, name: &str) -> Option<u64> {
+    pub(super) fn field(&self, name: &str) -> Option<u64> {
         let (_, value) = self.0.lines().filter_map(|line| line.split_once(':')).find(|(key, _)| *key == name)?;
         // The counter is printed in hexadecimal, the others in decimal; only its presence matters.
         let value = value.trim();

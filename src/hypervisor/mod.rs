@@ -6,6 +6,8 @@
 pub mod bare;
 pub mod descriptor;
 pub mod event;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod kvm;
 pub mod mshv;
 pub mod null;

@@ -1,0 +1,114 @@
+//! Any string of operations on simulated partitions, with failures: no panic, and no interrupt that nobody asked for.
+#![no_main]
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arbitrary::Arbitrary;
+use libfuzzer_sys::fuzz_target;
+use mshv_irqfd::hypervisor::simulated::SimulatedPartition;
+use mshv_irqfd::hypervisor::{Backend, Operation};
+use mshv_irqfd::irqfd::{Batch, Config, GsiState, IrqFdRoute, MsiRoute, Partition};
+
+#[derive(Arbitrary, Debug)]
+enum Edit {
+    Set(u8),
+    Clear,
+    Mask,
+    Unmask,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Deed {
+    New,
+    /// On the descriptor of a route, or on any number.
+    NewOn(Result<u8, u16>),
+    Edit(u8, Edit),
+    Commit(Vec<(u8, Edit)>),
+    Signal(u8, u64),
+    Consume(u8),
+    Close(u8),
+    Drop(u8),
+    Fail(u8, u8, u8),
+}
+
+fn msi(vector: u8) -> Option<MsiRoute> {
+    MsiRoute::new(0xFEE0_0000, vector.into()).ok()
+}
+
+fuzz_target!(|input: (bool, Vec<Deed>)| {
+    let (quiesce, deeds) = input;
+    let Ok(simulated) = SimulatedPartition::open() else { return };
+    let driver = simulated.driver();
+    let config = Config {
+        backend: Backend::Simulated,
+        gsis: 24..30,
+        vps: None,
+        adopted: false,
+        quiesce,
+        allow_missing_vp: false,
+        keep: Vec::new(),
+    };
+    let partition = Partition::new(Box::new(simulated), config).expect("the options are right");
+    partition.create_vp(0).expect("a simulated VP");
+    let mut routes: Vec<IrqFdRoute> = Vec::new();
+    for deed in &deeds {
+        let at = |number: u8| usize::from(number) % routes.len().max(1);
+        match deed {
+            Deed::New => routes.extend(partition.new_route(None)),
+            Deed::NewOn(Ok(number)) => {
+                let fd = routes.get(at(*number)).and_then(|route| route.fileno().ok());
+                assert!(fd.is_none_or(|fd| partition.new_route(Some(fd)).is_err()), "one eventfd on two routes");
+            }
+            // Numbers that are not open, and those of the standard streams.
+            Deed::NewOn(Err(number)) => {
+                let fd = if *number < 3 { RawFd::from(*number as u8) } else { 1 << 20 | RawFd::from(*number) };
+                assert!(partition.new_route(Some(fd)).is_err(), "{fd} is no eventfd");
+            }
+            Deed::Commit(edits) => {
+                let Ok(mut batch) = Batch::new(Arc::clone(&partition)) else { continue };
+                for (number, edit) in edits {
+                    let Some(route) = routes.get(at(*number)) else { continue };
+                    match edit {
+                        Edit::Set(vector) => drop(msi(*vector).map(|msi| batch.set_msi(route, msi))),
+                        Edit::Clear => batch.clear_msi(route),
+                        Edit::Mask => batch.mask(route),
+                        Edit::Unmask => batch.unmask(route),
+                    }
+                }
+                let _may_fail = batch.commit();
+            }
+            Deed::Fail(which, after, times) => {
+                let calls = [Operation::SetMsiRouting, Operation::AssignIrqfd, Operation::DeassignIrqfd];
+                driver.fail(calls[usize::from(which % 3)], 12, (after % 8).into(), (times % 4).into());
+            }
+            Deed::Drop(number) if !routes.is_empty() => drop(routes.swap_remove(at(*number))),
+            Deed::Edit(number, _) | Deed::Signal(number, _) | Deed::Consume(number) | Deed::Close(number) => {
+                let Some(route) = routes.get(at(*number)) else { continue };
+                let _may_fail = match deed {
+                    Deed::Edit(_, Edit::Set(vector)) => msi(*vector).map_or(Ok(()), |msi| route.set_msi(msi)),
+                    Deed::Edit(_, Edit::Clear) => route.clear_msi(),
+                    Deed::Edit(_, Edit::Mask) => route.mask(),
+                    Deed::Edit(_, Edit::Unmask) => route.unmask(),
+                    Deed::Signal(_, times) => route.signal((*times).clamp(1, u64::MAX - 1)),
+                    Deed::Consume(_) => route.consume_pending().map(drop),
+                    _ => route.close(),
+                };
+            }
+            Deed::Drop(_) => {}
+        }
+        driver.settle();
+        for interrupt in driver.take_interrupts(Duration::ZERO) {
+            assert!(interrupt.vector >= 16, "nobody asked for {interrupt:?}");
+        }
+        let table = partition.routing_table().expect("it is open");
+        for route in routes.iter().filter(|route| !route.is_closed()) {
+            if route.state().expect("it is open") == GsiState::Enabled {
+                let msi = route.msi().expect("it is open").expect("armed routes have an MSI").raw();
+                assert!(table.contains(&(route.gsi(), msi)), "GSI {} is armed and not routed", route.gsi());
+            }
+        }
+    }
+    let _may_fail = partition.close();
+});
