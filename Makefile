@@ -36,7 +36,7 @@ soak: build-dev ## Runs the model test at length on every backend, mshv in the l
 	lab/build
 	MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler core --timeout 3600 \
 		--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_MODEL -- \
-		$(RUN) -m pytest -p no:cacheprovider -rP -k mshv tests/test_model.py
+		$(RUN) -m pytest -p no:cacheprovider -rP -k mshv tests/test_model.py tests/test_races.py
 
 interleavings: ## Tries the core's locks in many orders of threads (INTERLEAVINGS=n of each kind, 2000 by default)
 	RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test --quiet --locked --lib interleavings
