@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from enum import Enum
 from itertools import cycle
@@ -81,7 +82,7 @@ def vector(index: int, *, turn: bool) -> int:
     return 0x30 + index % 64 + (64 if turn else 0)
 
 
-class Timed:
+class Timed(ABC):
     """A design in Python: steps by the name of their workload, timed here."""
 
     def __init__(self) -> None:
@@ -89,13 +90,13 @@ class Timed:
         self.turn = False
         self.steps: dict[str, Callable[[], object]] = {}
 
+    @abstractmethod
     def _arrange(self, standing: Standing) -> None:
         """Comes from any standing to another, by calls that are not timed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take_up(self) -> None:
         """Makes the steps on one route, which may be another than in the run before."""
-        raise NotImplementedError
 
     def run(self, workload: str, calls: int) -> int:
         """Runs a workload a number of times in a row, and returns the nanoseconds that all of them took."""
