@@ -169,7 +169,8 @@ impl fmt::Display for Backend {
 /// has an entry for its GSI, and an event is assigned to one GSI at a time. Implementations do not check.
 ///
 /// `assign` asks for one interrupt if signals were pending; `drain`, called for all that were assigned, takes the
-/// signals for which these interrupts stand out of the events' counters, and none that came later. After `deassign` signals stay there.
+/// signals for which these interrupts stand out of the events' counters, and none that came later. After
+/// `deassign` signals stay there.
 /// Each may be called for an event whose descriptor was closed behind our back: that is an error (EBADF).
 pub trait Hypervisor: Send + fmt::Debug {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi);

@@ -201,7 +201,7 @@ impl State {
         }
     }
 
-    /// Makes all `changes`, or none. Kernels and prior states are told apart by `quiesce` alone.
+    /// Makes all `changes`, or none. With `quiesce`, no push meets an armed irqfd.
     pub(super) fn apply(&mut self, changes: &mut [Change], quiesce: bool) -> Result<(), Failure> {
         for change in &mut *changes {
             let slot = &self.slots[change.index];
