@@ -3,8 +3,8 @@
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
 
@@ -231,6 +231,32 @@ impl AsRawFd for EventFd {
 impl AsRef<SysEventFd> for EventFd {
     fn as_ref(&self) -> &SysEventFd {
         &self.inner
+    }
+}
+
+impl AsRef<EventFd> for EventFd {
+    fn as_ref(&self) -> &EventFd {
+        self
+    }
+}
+
+/// Whatever holds an eventfd, and can be held in turn: a kernel keeps the file of an irqfd open, and a simulated one
+/// keeps this.
+pub trait Holder {
+    fn event(&self) -> &EventFd;
+    fn share(&self) -> Share;
+}
+
+/// One share of what holds an eventfd.
+pub type Share = Arc<dyn AsRef<EventFd> + Send + Sync>;
+
+impl<T: AsRef<EventFd> + Send + Sync + 'static> Holder for Arc<T> {
+    fn event(&self) -> &EventFd {
+        (**self).as_ref()
+    }
+
+    fn share(&self) -> Share {
+        Arc::clone(self) as Share
     }
 }
 

@@ -16,7 +16,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
-use super::event::EventFd;
+use super::event::{EventFd, Holder};
 use super::table::Table;
 use super::{CallError, CallResult, Hypervisor, Interrupt, Operation, RawMsi, descriptor};
 
@@ -192,16 +192,16 @@ impl Hypervisor for KvmPartition {
         Ok(self.table.len())
     }
 
-    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult {
         const CALL: &str = "KVM_IRQFD";
         let vm = self.vm(Operation::AssignIrqfd, CALL)?;
-        vm.register_irqfd(event.as_ref().as_ref(), gsi).map_err(|error| failed(Operation::AssignIrqfd, CALL, error))
+        vm.register_irqfd(event.event().as_ref(), gsi).map_err(|error| failed(Operation::AssignIrqfd, CALL, error))
     }
 
-    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         const CALL: &str = "KVM_IRQFD (deassign)";
         self.vm(Operation::DeassignIrqfd, CALL)?
-            .unregister_irqfd(event.as_ref().as_ref(), gsi)
+            .unregister_irqfd(event.as_ref(), gsi)
             .map_err(|error| failed(Operation::DeassignIrqfd, CALL, error))
     }
 

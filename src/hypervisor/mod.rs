@@ -18,9 +18,8 @@ mod table;
 
 use std::fmt;
 use std::os::fd::RawFd;
-use std::sync::Arc;
 
-use event::EventFd;
+use event::{EventFd, Holder};
 
 /// Both kernels take GSIs below this (`MSHV_MAX_GUEST_IRQS`, `KVM_MAX_IRQ_ROUTES`).
 pub const MAX_GSIS: u32 = 4096;
@@ -177,8 +176,8 @@ pub trait Hypervisor: Send + fmt::Debug {
     fn drop_entry(&mut self, gsi: u32);
     /// Returns the number of entries pushed.
     fn push(&mut self) -> CallResult<usize>;
-    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
-    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult;
+    fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult;
+    fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult;
     /// Both real kernels leave the counter as it was at arming, so it is read here. A signal that comes now is not
     /// taken with it: the kernel's own handler empties the counter under the eventfd's lock before the signaller's
     /// write returns (`mshv_irqfd_wakeup`, `irqfd_wakeup`). Returns the places of those that can't be read, and why.

@@ -4,7 +4,6 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::sync::Arc;
 
 use mshv_bindings::{
     MSHV_IRQFD_BIT_DEASSIGN, MSHV_PT_BIT_LAPIC, MSHV_PT_BIT_X2APIC, mshv_create_partition_v2, mshv_user_irq_entry,
@@ -13,7 +12,7 @@ use mshv_bindings::{
 use mshv_ioctls::{MSHV_IRQFD, MSHV_SET_MSI_ROUTING, Mshv, MshvError, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
-use super::event::EventFd;
+use super::event::{EventFd, Holder};
 use super::table::Table;
 use super::{CallError, CallResult, Hypervisor, Operation, RawMsi, descriptor};
 
@@ -115,11 +114,12 @@ impl Hypervisor for MshvPartition {
         Ok(self.table.len())
     }
 
-    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
-        self.irqfd(gsi, event, 0).map_err(|error| CallError::of(Operation::AssignIrqfd, "MSHV_IRQFD", &error))
+    fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult {
+        self.irqfd(gsi, event.event(), 0)
+            .map_err(|error| CallError::of(Operation::AssignIrqfd, "MSHV_IRQFD", &error))
     }
 
-    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         self.irqfd(gsi, event, 1 << MSHV_IRQFD_BIT_DEASSIGN)
             .map_err(|error| CallError::of(Operation::DeassignIrqfd, "MSHV_IRQFD (deassign)", &error))
     }

@@ -2,11 +2,10 @@
 
 use std::fmt;
 use std::os::fd::RawFd;
-use std::sync::Arc;
 
 use mshv_bindings::mshv_user_irq_entry;
 
-use super::event::EventFd;
+use super::event::{EventFd, Holder};
 use super::table::Table;
 use super::{CallResult, Hypervisor, RawMsi};
 
@@ -43,11 +42,11 @@ impl Hypervisor for NullPartition {
         Ok(self.table.len())
     }
 
-    fn assign(&mut self, _: u32, _: &Arc<EventFd>) -> CallResult {
+    fn assign(&mut self, _: u32, _: &dyn Holder) -> CallResult {
         Ok(())
     }
 
-    fn deassign(&mut self, _: u32, _: &Arc<EventFd>) -> CallResult {
+    fn deassign(&mut self, _: u32, _: &EventFd) -> CallResult {
         Ok(())
     }
 

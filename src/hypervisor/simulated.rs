@@ -17,7 +17,7 @@ use std::time::Duration;
 use mshv_bindings::mshv_user_irq_entry;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::event::EventFd;
+use super::event::{EventFd, Holder, Share};
 use super::owner::Owner;
 use super::table::Table;
 use super::{CallError, CallResult, Hypervisor, Interrupt, MAX_GSIS, Operation, RawMsi, descriptor};
@@ -47,14 +47,18 @@ struct State {
     faults: Vec<Fault>,
 }
 
-/// Which eventfd an irqfd listens to: the address of a value that the irqfd keeps alive.
+/// Which eventfd an irqfd listens to: the address of a value that the irqfd's share keeps alive.
 type Key = u64;
+
+fn key(event: &EventFd) -> Key {
+    std::ptr::from_ref(event) as Key
+}
 
 /// The key of the eventfd that ends the thread. No value has this address.
 const STOP: Key = 0;
 
 struct Irqfd {
-    event: Arc<EventFd>,
+    share: Share,
     gsi: u32,
 }
 
@@ -112,11 +116,11 @@ impl Hypervisor for SimulatedPartition {
         Ok(self.table.len())
     }
 
-    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult {
         self.driver.assign_irqfd(gsi, event)
     }
 
-    fn deassign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         self.driver.deassign_irqfd(gsi, event)
     }
 
@@ -161,9 +165,10 @@ impl Driver {
 
     /// MSHV_IRQFD: `mshv_irqfd_assign()`, which does not look at the table or at the GSI. What is pending is
     /// taken out of the counter here, under the lock that the watching thread takes to read it.
-    pub(super) fn assign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    pub(super) fn assign_irqfd(&self, gsi: u32, holder: &dyn Holder) -> CallResult {
         let failed = |errno| CallError::new(Operation::AssignIrqfd, "simulated MSHV_IRQFD", errno);
-        let key = Arc::as_ptr(event) as Key;
+        let event = holder.event();
+        let key = key(event);
         let mut state = self.lock();
         state.fault(Operation::AssignIrqfd).map_err(failed)?;
         if event.is_closed() {
@@ -179,7 +184,7 @@ impl Driver {
         })?;
         match event.consume() {
             Ok(pending) => {
-                state.irqfds.insert(key, Irqfd { event: Arc::clone(event), gsi });
+                state.irqfds.insert(key, Irqfd { share: holder.share(), gsi });
                 if pending != 0 {
                     state.inject(gsi);
                     self.arrived.notify_all();
@@ -195,9 +200,9 @@ impl Driver {
 
     /// MSHV_IRQFD with the deassign bit: `mshv_irqfd_deassign()`. A pair that is not assigned is no error.
     /// What was signalled while armed is delivered first, as the driver's handler had done at once.
-    pub(super) fn deassign_irqfd(&self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    pub(super) fn deassign_irqfd(&self, gsi: u32, event: &EventFd) -> CallResult {
         let failed = |errno| CallError::new(Operation::DeassignIrqfd, "simulated MSHV_IRQFD (deassign)", errno);
-        let key = Arc::as_ptr(event) as Key;
+        let key = key(event);
         let mut state = self.lock();
         state.fault(Operation::DeassignIrqfd).map_err(failed)?;
         if state.irqfds.get(&key).is_none_or(|irqfd| irqfd.gsi != gsi) {
@@ -287,7 +292,7 @@ impl State {
         let Some(irqfd) = self.irqfds.get(&key) else {
             return Ok(());
         };
-        if irqfd.event.consume()? != 0 {
+        if (*irqfd.share).as_ref().consume()? != 0 {
             let gsi = irqfd.gsi;
             self.inject(gsi);
         }

@@ -5,19 +5,24 @@ use std::sync::Arc;
 use super::error::{Error, Result};
 use super::msi::MsiRoute;
 use super::partition::Partition;
-use super::route::{Intent, IrqFdRoute, Route};
+use super::route::{Intent, IrqFdRoute};
 
 /// Changes that are collected, and then committed together or not at all. Nothing is locked while they are
 /// collected; what they ask of a route is checked against its state at the commit.
+///
+/// `R` is how its routes are held: a reference, or whatever keeps them until the batch is dropped.
 #[derive(Debug)]
-pub struct Batch {
+pub struct Batch<R> {
     partition: Arc<Partition>,
-    edits: Vec<(Arc<Route>, Edit)>,
+    edits: Vec<(R, Edit)>,
     /// Where the edit of a route is, by its GSI. If two routes have one, one of them is closed or another partition's,
     /// and the commit fails.
-    places: Vec<usize>,
+    places: Vec<u32>,
     foreign: Option<u32>,
 }
+
+/// From so many routes on, room is made for all that a partition can have: whoever changes many changes most.
+const MANY: usize = 64;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Edit {
@@ -31,42 +36,45 @@ impl Edit {
     }
 }
 
-impl Batch {
+impl<R: AsRef<IrqFdRoute>> Batch<R> {
     pub fn new(partition: Arc<Partition>) -> Result<Self> {
         partition.check_open()?;
         Ok(Self { partition, edits: Vec::new(), places: Vec::new(), foreign: None })
     }
 
-    fn edit(&mut self, route: &IrqFdRoute) -> &mut Edit {
-        if !route.is_of(&self.partition) {
-            self.foreign = Some(route.gsi());
+    fn edit(&mut self, route: R) -> &mut Edit {
+        let (shared, gsi) = (route.as_ref().shared(), route.as_ref().gsi() as usize);
+        if !route.as_ref().is_of(&self.partition) {
+            self.foreign = Some(gsi as u32);
         }
-        let (shared, gsi) = (route.shared(), route.gsi() as usize);
         if self.places.len() <= gsi {
-            self.places.resize(gsi + 1, 0);
+            self.places.resize((gsi + 1).next_multiple_of(MANY), 0);
         }
-        let mut place = self.places[gsi];
-        if self.edits.get(place).is_none_or(|(known, _)| !Arc::ptr_eq(known, shared)) {
+        let mut place = self.places[gsi] as usize;
+        if self.edits.get(place).is_none_or(|(known, _)| !Arc::ptr_eq(known.as_ref().shared(), shared)) {
             place = self.edits.len();
-            self.edits.push((Arc::clone(shared), Edit::default()));
-            self.places[gsi] = place;
+            if place == MANY {
+                self.edits.reserve(self.partition.config().gsis.len());
+            }
+            self.edits.push((route, Edit::default()));
+            self.places[gsi] = place as u32;
         }
         &mut self.edits[place].1
     }
 
-    pub fn set_msi(&mut self, route: &IrqFdRoute, msi: MsiRoute) {
+    pub fn set_msi(&mut self, route: R, msi: MsiRoute) {
         self.edit(route).msi = Some(Some(msi));
     }
 
-    pub fn clear_msi(&mut self, route: &IrqFdRoute) {
+    pub fn clear_msi(&mut self, route: R) {
         self.edit(route).msi = Some(None);
     }
 
-    pub fn mask(&mut self, route: &IrqFdRoute) {
+    pub fn mask(&mut self, route: R) {
         self.edit(route).masked = Some(true);
     }
 
-    pub fn unmask(&mut self, route: &IrqFdRoute) {
+    pub fn unmask(&mut self, route: R) {
         self.edit(route).masked = Some(false);
     }
 
@@ -80,20 +88,21 @@ impl Batch {
     }
 
     /// Makes all the changes, with one push at the most, or none of them.
-    pub fn commit(mut self) -> Result {
+    pub fn commit(&self) -> Result {
         self.partition.check_open()?;
         if let Some(gsi) = self.foreign {
             return Err(Error::Invalid(format!(
                 "the route of GSI {gsi} belongs to another partition; a batch takes routes of its own"
             )));
         }
+        let mut edits: Vec<_> = self.edits.iter().map(|(route, edit)| (route.as_ref().shared(), *edit)).collect();
         // The order in which all batches take their routes.
-        self.edits.sort_unstable_by_key(|(route, _)| (route.gsi, Arc::as_ptr(route) as usize));
+        edits.sort_unstable_by_key(|(route, _)| (route.gsi, Arc::as_ptr(route) as usize));
         // Two routes of one GSI: a closed one, and who has the GSI now. One of them may even be here twice.
-        if let Some(pair) = self.edits.windows(2).find(|pair| pair[0].0.gsi == pair[1].0.gsi) {
+        if let Some(pair) = edits.windows(2).find(|pair| pair[0].0.gsi == pair[1].0.gsi) {
             return Err(pair[0].0.closed());
         }
-        let mut routes: Vec<_> = self.edits.iter().map(|(route, edit)| (route, route.lock(), *edit)).collect();
+        let mut routes: Vec<_> = edits.into_iter().map(|(route, edit)| (route, route.lock(), edit)).collect();
         for (route, intent, _) in &routes {
             route.check(intent)?;
         }

@@ -81,6 +81,7 @@ impl State {
         range: Range<u32>,
         vps: Option<VpSet>,
     ) -> Self {
+        let size = range.len();
         Self {
             hypervisor: Some(hypervisor),
             gsis,
@@ -89,8 +90,8 @@ impl State {
             closing: false,
             stats: PartitionStats::default(),
             range,
-            armed: Vec::new(),
-            stale: Vec::new(),
+            armed: Vec::with_capacity(size),
+            stale: Vec::with_capacity(size),
             lapsed: Vec::new(),
         }
     }
@@ -112,11 +113,11 @@ impl State {
     fn call_irqfd(
         &mut self,
         index: usize,
-        call: impl FnOnce(&mut dyn Hypervisor, u32, &Arc<EventFd>) -> CallResult,
+        call: impl FnOnce(&mut dyn Hypervisor, u32, &Arc<Route>) -> CallResult,
     ) -> Result<(), Failure> {
         let gsi = self.gsi(index);
         let result = match (&mut self.hypervisor, &self.slots[index].route) {
-            (Some(hypervisor), Some(route)) => call(hypervisor.as_mut(), gsi, &route.event),
+            (Some(hypervisor), Some(route)) => call(hypervisor.as_mut(), gsi, route),
             (None, _) => Err(closed()),
             (_, None) => {
                 Err(CallError::new(Operation::AssignIrqfd, "irqfd of a GSI without a route", libc::ENOENT))
@@ -135,7 +136,7 @@ impl State {
     /// Registers a slot's irqfd, which is to be drained then.
     fn assign(&mut self, index: usize) -> Result<(), Failure> {
         debug_assert!(!self.stands_wrong(index), "an armed irqfd has its entry in the kernel's table");
-        self.call_irqfd(index, |hypervisor, gsi, event| hypervisor.assign(gsi, event))?;
+        self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.assign(gsi, route))?;
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
@@ -146,7 +147,7 @@ impl State {
     fn drain(&mut self, from: usize) -> Result<(), Failure> {
         let fresh = self.armed[from..].to_vec();
         let routes = fresh.iter().filter_map(|index| self.slots[usize::from(*index)].route.as_deref());
-        let events: Vec<_> = routes.map(|route| &*route.event).collect();
+        let events: Vec<_> = routes.map(|route| &route.event).collect();
         let failed = self.hypervisor.as_mut().map_or_else(Vec::new, |hypervisor| hypervisor.drain(&events));
         let mut result = Ok(());
         for (place, error) in failed {
@@ -160,7 +161,7 @@ impl State {
     }
 
     fn disarm(&mut self, index: usize) -> Result<(), Failure> {
-        self.call_irqfd(index, |hypervisor, gsi, event| hypervisor.deassign(gsi, event))?;
+        self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.deassign(gsi, &route.event))?;
         self.stats.disarms += 1;
         let place = std::mem::take(&mut self.slots[index].armed);
         self.armed.swap_remove(usize::from(place) - 1);

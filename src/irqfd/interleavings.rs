@@ -11,7 +11,7 @@ use shuttle::sync::Mutex;
 use shuttle::thread;
 
 use super::*;
-use crate::hypervisor::event::EventFd;
+use crate::hypervisor::event::{EventFd, Holder};
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, RawMsi};
 
 #[derive(Debug, Default)]
@@ -68,18 +68,18 @@ impl Hypervisor for Guest {
         })
     }
 
-    fn assign(&mut self, gsi: u32, event: &Arc<EventFd>) -> CallResult {
+    fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult {
         self.kernel(|kernel| {
             assert!(kernel.table.contains_key(&gsi), "GSI {gsi} is armed without an entry");
             assert!(kernel.armed.insert(gsi), "GSI {gsi} is armed twice");
-            if event.is_readable().unwrap() {
+            if event.event().is_readable().unwrap() {
                 kernel.deliver(gsi);
             }
         });
         Ok(())
     }
 
-    fn deassign(&mut self, gsi: u32, _: &Arc<EventFd>) -> CallResult {
+    fn deassign(&mut self, gsi: u32, _: &EventFd) -> CallResult {
         self.kernel(|kernel| assert!(kernel.armed.remove(&gsi), "GSI {gsi} is disarmed twice"));
         Ok(())
     }

@@ -282,7 +282,7 @@ impl Partition {
             return Err(closed());
         }
         let index = state.gsis.allocate().ok_or_else(|| Error::Exhausted(self.config.gsis.clone()))?;
-        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, Arc::new(event)));
+        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, event));
         state.slots[index].route = Some(Arc::clone(&route));
         drop(state);
         Ok(IrqFdRoute::new(Arc::clone(self), route))

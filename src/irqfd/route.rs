@@ -37,10 +37,16 @@ impl Intent {
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) gsi: u32,
-    pub(super) event: Arc<EventFd>,
+    pub(super) event: EventFd,
     intent: Mutex<Intent>,
     /// The intent and what became of it, for readers that wait for nobody.
     published: AtomicU64,
+}
+
+impl AsRef<EventFd> for Route {
+    fn as_ref(&self) -> &EventFd {
+        &self.event
+    }
 }
 
 const ARMED: u64 = 1 << 63;
@@ -51,7 +57,7 @@ const HAS_MSI: u64 = 1 << 59;
 const OF_PARTITION: u64 = ARMED | BROKEN;
 
 impl Route {
-    pub(super) fn new(gsi: u32, event: Arc<EventFd>) -> Self {
+    pub(super) fn new(gsi: u32, event: EventFd) -> Self {
         Self { gsi, event, intent: Mutex::default(), published: AtomicU64::new(0) }
     }
 
@@ -282,6 +288,12 @@ impl IrqFdRoute {
         }
         self.route.event.close();
         Ok(())
+    }
+}
+
+impl AsRef<IrqFdRoute> for IrqFdRoute {
+    fn as_ref(&self) -> &IrqFdRoute {
+        self
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::*;
-use crate::hypervisor::event::EventFd;
+use crate::hypervisor::event::{EventFd, Holder};
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl Hypervisor for Recorder {
         Ok(kernel.table.len())
     }
 
-    fn assign(&mut self, gsi: u32, _: &Arc<EventFd>) -> CallResult {
+    fn assign(&mut self, gsi: u32, _: &dyn Holder) -> CallResult {
         let mut kernel = self.kernel();
         let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.armed.contains(&gsi));
         kernel.check(routed, "armed implies routed");
@@ -108,7 +108,7 @@ impl Hypervisor for Recorder {
         Ok(())
     }
 
-    fn deassign(&mut self, gsi: u32, _: &Arc<EventFd>) -> CallResult {
+    fn deassign(&mut self, gsi: u32, _: &EventFd) -> CallResult {
         let mut kernel = self.kernel();
         let armed = kernel.armed.contains(&gsi);
         kernel.check(armed, "what is disarmed was armed");

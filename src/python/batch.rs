@@ -29,39 +29,34 @@ use crate::irqfd;
 ///     >>> partition.close()
 #[pyclass(frozen, module = "mshv_irqfd._core")]
 pub(crate) struct Batch {
-    open: Mutex<Option<Open>>,
+    open: Mutex<Option<Edits>>,
     partition: Py<Partition>,
 }
 
-struct Open {
-    batch: irqfd::Batch,
-    /// A route that only the batch knows must not be finalized before the commit.
-    routes: Vec<Py<IrqFdRoute>>,
+type Edits = irqfd::Batch<Kept>;
+
+/// A route that only the batch knows must not be finalized before the commit.
+struct Kept(Py<IrqFdRoute>);
+
+impl AsRef<irqfd::IrqFdRoute> for Kept {
+    fn as_ref(&self) -> &irqfd::IrqFdRoute {
+        &self.0.get().route
+    }
 }
 
 impl Batch {
     pub(super) fn of(partition: &Bound<'_, Partition>) -> PyResult<Self> {
-        let batch = irqfd::Batch::new(std::sync::Arc::clone(&partition.get().core))?;
-        let open = Mutex::new(Some(Open { batch, routes: Vec::new() }));
-        Ok(Self { open, partition: partition.clone().unbind() })
+        let edits = irqfd::Batch::new(std::sync::Arc::clone(&partition.get().core))?;
+        Ok(Self { open: Mutex::new(Some(edits)), partition: partition.clone().unbind() })
     }
 
-    fn edit(
-        &self,
-        route: &Bound<'_, IrqFdRoute>,
-        edit: impl FnOnce(&mut irqfd::Batch, &irqfd::IrqFdRoute),
-    ) -> PyResult<()> {
+    fn edit(&self, route: &Bound<'_, IrqFdRoute>, edit: impl FnOnce(&mut Edits, Kept)) -> PyResult<()> {
         let mut open = self.open.lock_py_attached(route.py()).unwrap_or_else(PoisonError::into_inner);
-        let open = open.as_mut().ok_or_else(spent)?;
-        let before = open.batch.len();
-        edit(&mut open.batch, &route.get().route);
-        if open.batch.len() != before {
-            open.routes.push(route.clone().unbind());
-        }
+        edit(open.as_mut().ok_or_else(spent)?, Kept(route.clone().unbind()));
         Ok(())
     }
 
-    fn take(&self, py: Python<'_>) -> Option<Open> {
+    fn take(&self, py: Python<'_>) -> Option<Edits> {
         self.open.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -85,22 +80,22 @@ impl Batch {
         data: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let msi = arguments::msi(address, data)?;
-        self.edit(route, |batch, route| batch.set_msi(route, msi))
+        self.edit(route, |edits, route| edits.set_msi(route, msi))
     }
 
     /// Clears a route's MSI, as `IrqFdRoute.clear_msi()` does.
     fn clear_msi(&self, route: &Bound<'_, IrqFdRoute>) -> PyResult<()> {
-        self.edit(route, irqfd::Batch::clear_msi)
+        self.edit(route, Edits::clear_msi)
     }
 
     /// Masks a route, as `IrqFdRoute.mask()` does.
     fn mask(&self, route: &Bound<'_, IrqFdRoute>) -> PyResult<()> {
-        self.edit(route, irqfd::Batch::mask)
+        self.edit(route, Edits::mask)
     }
 
     /// Unmasks a route, as `IrqFdRoute.unmask()` does.
     fn unmask(&self, route: &Bound<'_, IrqFdRoute>) -> PyResult<()> {
-        self.edit(route, irqfd::Batch::unmask)
+        self.edit(route, Edits::unmask)
     }
 
     /// Makes the changes: disarms, pushes once if any entry changed, arms.
@@ -114,10 +109,8 @@ impl Batch {
     ///     MissingVpError: no VP has a destination's APIC id.
     ///     RoutingError, IrqFdError: the kernel refused.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
-        let Open { batch, routes } = self.take(py).ok_or_else(spent)?;
-        let result = py.detach(|| batch.commit());
-        drop(routes);
-        Ok(result?)
+        let edits = self.take(py).ok_or_else(spent)?;
+        Ok(py.detach(|| edits.commit())?)
     }
 
     /// The partition whose routes it changes.
@@ -153,7 +146,7 @@ impl Batch {
 
     fn __repr__(&self, py: Python<'_>) -> String {
         match &*self.open.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner) {
-            Some(open) => format!("<Batch of {} routes>", open.batch.len()),
+            Some(edits) => format!("<Batch of {} routes>", edits.len()),
             None => "<Batch closed>".into(),
         }
     }

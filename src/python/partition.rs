@@ -293,13 +293,17 @@ impl Partition {
         static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         let py = slf.py();
         let event = event.map(arguments::descriptor).transpose()?;
-        let object = CLASS.import(py, "mshv_irqfd.handles", "IrqFdRoute")?.call1((slf, event))?;
+        let class = CLASS.import(py, "mshv_irqfd.handles", "IrqFdRoute")?;
+        let object = match event {
+            None => class.call1((slf,)),
+            Some(event) => class.call1((slf, event)),
+        }?;
         let route = object.cast::<IrqFdRoute>()?.get();
         let index = (route.route.gsi() - slf.get().core.config().gsis.start) as usize;
         let reference = PyWeakrefReference::new(&object)?.unbind();
         let mut routes = slf.get().routes.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
-        if routes.len() <= index {
-            routes.resize_with(index + 1, || None);
+        if routes.is_empty() {
+            routes.resize_with(slf.get().core.config().gsis.len(), || None);
         }
         let before = routes[index].replace(reference);
         // Dropping an object may run Python, which must not find the lock held.

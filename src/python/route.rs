@@ -48,6 +48,7 @@ impl IrqFdRoute {
 #[pymethods]
 impl IrqFdRoute {
     #[new]
+    #[pyo3(signature = (partition, event=None))]
     fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<RawFd>) -> PyResult<Self> {
         let core = &partition.get().core;
         let route = match event {
