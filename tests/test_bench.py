@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import pytest
@@ -201,6 +202,28 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path, capsys: p
     assert cli.main([*arguments, "--json", str(file)]) == 0
     assert "left out" in capsys.readouterr().out
     assert [row["left_out"] is None for row in results.read(file)["rows"]] == [True, False]
+
+
+def test_what_only_began_slowly_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = chain([1000.0], repeat(0.001))
+
+    class Slow:
+        def run(self, _workload: str, _calls: int) -> int:
+            self.clock += int(next(seconds) * 1e9)
+            return measure.SAMPLE
+
+        clock = 0
+
+        def close(self) -> None:
+            pass
+
+    slow = Slow()
+    monkeypatch.setattr(measure, "perf_counter_ns", lambda: slow.clock)
+    monkeypatch.setattr(designs, "MAKERS", {"package": lambda _backend, _count: slow})
+    monkeypatch.setattr(designs, "of_backend", lambda _backend: ["package"])
+    plan = measure.Plan("null", ["retarget"], [1, 16, 2000], seconds=0.0, longest=4.0)
+    cells = list(measure.Measurement(plan).cells(lambda _part, _text: None))
+    assert [cell.left_out for cell in cells] == [None, None, None]
 
 
 @pytest.mark.parametrize("name", list(scenarios.ALL))
