@@ -191,7 +191,7 @@ class IrqFdRoute:
         >>> partition.close()
     """
 
-    def __new__(cls, partition: Partition, event: int | None) -> Self: ...
+    def __new__(cls, partition: Partition, event: int | None = None) -> Self: ...
     @property
     def gsi(self) -> int:
         """The GSI, an int. Another route may have it once this one is closed."""
