@@ -11,10 +11,17 @@ mod python;
 #[cfg(feature = "python")]
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use crate::python::bench::{Baseline, null_partition};
     #[pymodule_export]
     use crate::python::{
         batch::Batch, event::EventFd, msi::MsiRoute, partition::Partition, probe::RawPartition, route::IrqFdRoute,
     };
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::python::errors::look_up(module.py())
+    }
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from mshv_irqfd import EventFd, GsiState
-from support import collect, msi, native_threads, open_files, recorded, run_python, still_works, until
+from support import collect, msi, native_threads, open_files, recorded, still_works, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,58 +140,3 @@ def test_what_a_finalizer_fails_in_goes_to_the_unraisable_hook(
     assert reported == [("IrqFdError", errno.EIO)]
     assert simulated.partition.gsi_state(24) is GsiState.BROKEN
     still_works(simulated)
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_the_interpreter_ends_well_with_routes_alive(backend: Backend, closed: bool) -> None:
-    code = f"""
-import threading
-from mshv_irqfd import *
-partition = open_partition({backend.name!r})
-routes = [partition.new_irqfd_route() for _ in range(10)]
-for route in routes:
-    route.set_msi(MsiRoute.fixed(0x41, 0))
-batch, event, own = partition.batch(), routes[0].event, EventFd()
-ring = [partition, routes]
-ring.append(ring)
-del route
-class Late:
-    def __init__(self): self.routes = routes
-    def __del__(self): [route.signal() for route in self.routes if not route.closed]
-late = Late()
-if {closed}:
-    partition.close()
-    own.close()
-"""
-    ended = run_python(code, "-X", "dev")
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert "panicked" not in ended.stderr
-    if closed:
-        assert ended.stderr == ""
-    else:
-        assert "ResourceWarning: unclosed <" in ended.stderr
-
-
-def test_the_interpreter_ends_while_a_thread_waits_for_interrupts() -> None:
-    code = """
-import threading
-from mshv_irqfd import open_partition
-partition = open_partition("simulated")
-threading.Thread(target=partition.take_interrupts, args=(3600.0,), daemon=True).start()
-"""
-    ended = run_python(code)
-    assert ended.returncode == 0, ended.stderr
-    assert "panicked" not in ended.stderr
-
-
-def test_many_lives_leave_nothing(backend: Backend) -> None:
-    files, threads = open_files(), native_threads()
-    for _ in range(30):
-        with backend.open() as partition:
-            routes = [partition.new_irqfd_route() for _ in range(3)]
-            for route in routes:
-                route.set_msi(msi(0x41))
-    collect()
-    assert open_files() == files
-    until(lambda: native_threads() <= threads, "their threads ended")

@@ -9,7 +9,7 @@ from mshv_irqfd import _core
 from mshv_irqfd.errors import HypervisorUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from os import PathLike
 
     from mshv_irqfd._core import HasFileno
@@ -29,10 +29,11 @@ class _Finalized:
 
     __slots__ = ()
 
-    def __del__(self: _Closable) -> None:
+    def __del__(self: _Closable, warn: Callable[..., None] = warnings.warn) -> None:
         if self._is_left_open():
             try:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+                # The module may be torn down already; its function is not.
+                warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:
                 self._abandon()
 

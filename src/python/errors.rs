@@ -2,17 +2,40 @@
 
 use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyType};
 
 use crate::hypervisor::Operation;
 use crate::irqfd::{Error, Failure};
 
-pyo3::import_exception!(mshv_irqfd.errors, ClosedError);
-pyo3::import_exception!(mshv_irqfd.errors, ForkedError);
-pyo3::import_exception!(mshv_irqfd.errors, GsiExhaustedError);
-pyo3::import_exception!(mshv_irqfd.errors, MissingVpError);
-pyo3::import_exception!(mshv_irqfd.errors, RouteBrokenError);
-pyo3::import_exception!(io, UnsupportedOperation);
+/// Exceptions that Python defines, and what looks each up once, when the module is imported. While an interpreter ends,
+/// finalizers still call in here, and nothing can be imported any more: looking one up then would be a panic.
+macro_rules! exceptions {
+    ($($module:ident $(. $inner:ident)*, $name:ident;)+) => {
+        $(pyo3::import_exception!($module $(. $inner)*, $name);)+
+
+        pub(crate) fn look_up(py: Python<'_>) -> PyResult<()> {
+            $(
+                // Says as an error what `get_type` would panic about.
+                py.import(concat!(stringify!($module) $(, ".", stringify!($inner))*))?.getattr(stringify!($name))?;
+                py.get_type::<$name>();
+            )+
+            Ok(())
+        }
+    };
+}
+
+exceptions! {
+    mshv_irqfd.errors, ClosedError;
+    mshv_irqfd.errors, ForkedError;
+    mshv_irqfd.errors, GsiExhaustedError;
+    mshv_irqfd.errors, HypervisorUnavailableError;
+    mshv_irqfd.errors, IrqFdError;
+    mshv_irqfd.errors, MissingVpError;
+    mshv_irqfd.errors, RouteBrokenError;
+    mshv_irqfd.errors, RoutingError;
+    mshv_irqfd.errors, VpError;
+    io, UnsupportedOperation;
+}
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -37,10 +60,17 @@ impl From<Error> for PyErr {
     }
 }
 
+/// What the C library calls an error number, as `os.strerror()` says it.
+fn strerror(errno: i32) -> String {
+    let mut text = std::io::Error::from_raw_os_error(errno).to_string();
+    text.truncate(text.rfind(" (os error ").unwrap_or(text.len()));
+    text
+}
+
 /// An `OSError` of an errno, which the conversion that comes with PyO3 would leave out.
 pub(super) fn plain_os_error(error: &std::io::Error) -> PyErr {
     match error.raw_os_error() {
-        Some(errno) => PyOSError::new_err((errno, std::io::Error::from_raw_os_error(errno).to_string())),
+        Some(errno) => PyOSError::new_err((errno, strerror(errno))),
         None => PyOSError::new_err(error.to_string()),
     }
 }
@@ -49,41 +79,37 @@ pub(super) fn plain_os_error(error: &std::io::Error) -> PyErr {
 fn os_error(py: Python<'_>, errno: i32, text: &str) -> PyResult<PyErr> {
     use crate::hypervisor::CallError;
     let error = CallError::new(Operation::Event, "fcntl (F_DUPFD_CLOEXEC)", errno);
-    exception(py, "IrqFdError", &Failure::new(error, None), text)
+    exception(&py.get_type::<IrqFdError>(), &Failure::new(error, None), text)
 }
 
 fn call_error(py: Python<'_>, failure: &Failure) -> PyResult<PyErr> {
     let class = match failure.error.operation {
-        Operation::SetMsiRouting => "RoutingError",
-        Operation::AssignIrqfd | Operation::DeassignIrqfd | Operation::Event => "IrqFdError",
-        Operation::CreateVp => "VpError",
-        Operation::Open => "HypervisorUnavailableError",
+        Operation::SetMsiRouting => py.get_type::<RoutingError>(),
+        Operation::AssignIrqfd | Operation::DeassignIrqfd | Operation::Event => py.get_type::<IrqFdError>(),
+        Operation::CreateVp => py.get_type::<VpError>(),
+        Operation::Open => py.get_type::<HypervisorUnavailableError>(),
     };
-    exception(py, class, failure, &failure.to_string())
+    exception(&class, failure, &failure.to_string())
 }
 
-fn exception(py: Python<'_>, class: &str, failure: &Failure, text: &str) -> PyResult<PyErr> {
+fn exception(class: &Bound<'_, PyType>, failure: &Failure, text: &str) -> PyResult<PyErr> {
     let errno = failure.error.errno;
-    let strerror: String = py.import("os")?.call_method1("strerror", (errno,))?.extract()?;
-    let attributes = PyDict::new(py);
+    let attributes = PyDict::new(class.py());
     attributes.set_item("ioctl", failure.error.call)?;
     attributes.set_item("gsi", failure.gsi)?;
     attributes.set_item("hint", failure.hint)?;
-    let class = py.import("mshv_irqfd.errors")?.getattr(class)?;
-    Ok(PyErr::from_value(class.call((errno, format!("{strerror}: {text}")), Some(&attributes))?))
+    Ok(PyErr::from_value(class.call((errno, format!("{}: {text}", strerror(errno))), Some(&attributes))?))
 }
 
 /// A device node that gives no partition: what was tried, and what to do.
 pub(super) fn unavailable(py: Python<'_>, device: &str, failure: &Failure, advice: &str) -> PyErr {
     let make = || -> PyResult<PyErr> {
         let errno = failure.error.errno;
-        let strerror: String = py.import("os")?.call_method1("strerror", (errno,))?.extract()?;
         let attributes = PyDict::new(py);
         attributes.set_item("ioctl", failure.error.call)?;
         attributes.set_item("hint", advice)?;
-        let class = py.import("mshv_irqfd.errors")?.getattr("HypervisorUnavailableError")?;
-        let text = format!("{device}: {strerror} ({}): {advice}", failure.error.call);
-        Ok(PyErr::from_value(class.call((errno, text), Some(&attributes))?))
+        let text = format!("{device}: {} ({}): {advice}", strerror(errno), failure.error.call);
+        Ok(PyErr::from_value(py.get_type::<HypervisorUnavailableError>().call((errno, text), Some(&attributes))?))
     };
     make().unwrap_or_else(|error| error)
 }

@@ -4,7 +4,7 @@
 mod arguments;
 pub(crate) mod batch;
 pub(crate) mod bench;
-mod errors;
+pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;
 pub(crate) mod partition;
