@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from typing import TYPE_CHECKING
@@ -184,3 +185,42 @@ os.close(late.closed)
     ended = run_python(code)
     assert (ended.returncode, ended.stdout) == (0, "IrqFdError MissingVpError ClosedError ")
     assert harm(ended.stderr) == []
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["free", "reused"])
+@pytest.mark.parametrize("how", ["del", "end"])
+def test_a_partition_whose_descriptor_somebody_closed_goes_with_errors_for_the_hook_only(
+    backend: Backend, how: str, reused: bool
+) -> None:
+    if backend.name == "simulated":
+        pytest.skip("a simulated partition has no descriptor of its own to close")
+    code = f"""
+import os, sys
+from mshv_irqfd import MsiRoute, open_partition
+class Last:
+    def __del__(self, write=os.write, fstat=os.fstat):
+        fstat(self.taken)
+        write(1, b"what took its number is open ")
+last = Last()
+def hook(it, write=os.write):
+    write(1, f"{{it.exc_type.__name__}} {{it.exc_value.errno}} ".encode())
+sys.unraisablehook = hook
+partition = open_partition({backend.name!r})
+routes = [partition.new_irqfd_route() for _ in range(2)]
+for route in routes:
+    route.set_msi(MsiRoute.fixed(0x41, 0))
+last.taken = partition.fileno()
+os.close(last.taken)
+if {reused}:
+    assert os.open("/dev/null", os.O_RDONLY) == last.taken
+else:
+    last.taken = 0
+if {how!r} == "del":
+    del route, routes, partition
+"""
+    ended = run_python(code, "-W", "ignore")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    told = f"IrqFdError {errno.ENOTTY if reused else errno.EBADF} "
+    assert ended.stdout.replace(told, "") == "what took its number is open "
+    # At the interpreter's end there is no hook any more.
+    assert (told in ended.stdout) == (how == "del")

@@ -28,10 +28,10 @@ pub fn close(fd: RawFd) {
     unsafe { libc::close(fd) };
 }
 
-/// Drops something that owns a descriptor, or, where that was closed behind our back, lets go of it
-/// without closing what may be another file by now.
-pub fn drop_if_open<T: AsRawFd>(owner: T) {
-    if !is_open(owner.as_raw_fd()) {
+/// Drops something that owns a descriptor of a file that /proc calls `kind`, or, where that was closed behind our back,
+/// lets go of it without closing what may have its number by now.
+pub fn drop_if_still<T: AsRawFd>(owner: T, kind: &str) {
+    if !link(owner.as_raw_fd()).is_ok_and(|link| link.starts_with(kind)) {
         std::mem::forget(owner);
     }
 }

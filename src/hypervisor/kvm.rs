@@ -29,6 +29,9 @@ pub const DEVICE: &str = "/dev/kvm";
 /// What /proc calls the file of a VM.
 pub const LINK: &str = "anon_inode:kvm-vm";
 
+/// What it calls those of vCPUs, before their ids.
+const VCPU_LINK: &str = "anon_inode:kvm-vcpu";
+
 /// GSIs below this are the pins of the IOAPIC.
 pub const PIN_GSIS: u32 = 24;
 
@@ -240,7 +243,7 @@ impl fmt::Debug for KvmPartition {
 
 impl Drop for KvmPartition {
     fn drop(&mut self) {
-        self.vm.take().into_iter().for_each(descriptor::drop_if_open);
+        self.vm.take().into_iter().for_each(|vm| descriptor::drop_if_still(vm, LINK));
     }
 }
 
@@ -284,7 +287,7 @@ impl Drop for KvmVcpus {
     fn drop(&mut self) {
         // No lock: a forked child could find it held for good.
         let vcpus = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        vcpus.drain(..).for_each(descriptor::drop_if_open);
+        vcpus.drain(..).for_each(|vcpu| descriptor::drop_if_still(vcpu, VCPU_LINK));
     }
 }
 

@@ -22,6 +22,9 @@ pub const DEVICE: &str = "/dev/mshv";
 /// What /proc calls the file of a partition.
 pub const LINK: &str = "anon_inode:mshv_partition";
 
+/// What it calls those of VPs.
+const VP_LINK: &str = "anon_inode:mshv_vp";
+
 enum Vm {
     /// Made here: dropped with its partition's last descriptor, unless that was closed behind our back.
     Made { vm: Option<VmFd>, vps: Vec<VcpuFd> },
@@ -161,10 +164,11 @@ impl Drop for MshvPartition {
     fn drop(&mut self) {
         match &mut self.vm {
             Vm::Made { vm, vps } => {
-                vps.drain(..).for_each(descriptor::drop_if_open);
-                vm.take().into_iter().for_each(descriptor::drop_if_open);
+                vps.drain(..).for_each(|vp| descriptor::drop_if_still(vp, VP_LINK));
+                vm.take().into_iter().for_each(|vm| descriptor::drop_if_still(vm, LINK));
             }
-            Vm::Adopted(fd) => descriptor::close(*fd),
+            Vm::Adopted(fd) if descriptor::link(*fd).is_ok_and(|link| link == LINK) => descriptor::close(*fd),
+            Vm::Adopted(_) => {}
         }
     }
 }
