@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mshv_irqfd import DeliveryMode, Interrupt, KvmPartition, MsiRoute, Partition, SimulatedPartition, open_partition
+from support import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,6 +79,21 @@ class Guest(ABC):
     def receives(self, *expected: MsiRoute) -> None:
         """Asserts that these interrupts and no others arrived since the last look."""
         assert self._told(self.arrived()) == self._told(map(_interrupt, expected))
+
+    def gets(self, expected: MsiRoute, *, once: bool = True) -> None:
+        """Waits for this interrupt, and asserts that no other comes with it. Leaves what is armed alone.
+
+        Not `once` if the signal may have overlapped an arming, and then may be delivered twice.
+        """
+        arrived: list[Interrupt] = []
+
+        def some() -> bool:
+            arrived.extend(self.poll())
+            return arrived != []
+
+        until(some, f"{expected} arrived")
+        told, wanted = self._told(arrived), self._told([_interrupt(expected)])
+        assert told == wanted if once else set(told) == set(wanted)
 
     def receives_nothing(self) -> None:
         """Asserts that no interrupt arrived since the last look."""

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -21,7 +22,8 @@ from mshv_irqfd import MsiRoute
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from backends import Guest
+    from backends import Backend, Guest
+    from mshv_irqfd import IrqFdRoute, Partition
 
 T = TypeVar("T")
 
@@ -70,6 +72,34 @@ def still_works(guest: Guest) -> None:
         guest.receives_nothing()
         route.unmask()
         guest.receives(msi(0xE2))
+
+
+@contextmanager
+def pushing(partition: Partition, routes: list[IrqFdRoute]) -> Iterator[None]:
+    """Two threads of which one is in a push at nearly any time."""
+    stop, errors = threading.Event(), list[BaseException]()
+
+    def push() -> None:
+        turn = 0
+        try:
+            while not stop.is_set():
+                turn += 1
+                with partition.batch() as batch:
+                    for route in routes:
+                        batch.set_msi(route, msi(0x42 + turn % 2))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=push) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
 
 
 def fork() -> int:
@@ -137,6 +167,18 @@ def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
+
+
+@contextmanager
+def an_owner(backend: Backend, *words: object, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A process that owns a partition; `owner.py` says what it does."""
+    command = [sys.executable, "-X", "dev", str(Path(__file__).with_name("owner.py")), backend.name, *map(str, words)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, pass_fds=fds) as owner:
+        try:
+            yield owner
+        finally:
+            owner.kill()
 
 
 def collect() -> None:

@@ -21,7 +21,7 @@ from mshv_irqfd import (
     RoutingEntry,
     open_partition,
 )
-from support import msi
+from support import in_child, msi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -202,6 +202,19 @@ def test_a_vm_can_be_adopted_once_at_a_time(vm: KvmVm) -> None:
 def test_a_partition_of_ours_can_not_be_adopted_again(kvm: KvmGuest) -> None:
     with pytest.raises(ValueError, match="already"):
         Partition.from_fd(kvm.partition, "kvm")
+
+
+def test_a_vm_that_another_process_made_can_not_be_adopted_and_the_error_says_so(vm: KvmVm) -> None:
+    def adopt() -> tuple[int | None, str | None]:
+        with pytest.raises(HypervisorUnavailableError) as failed:
+            Partition.from_fd(vm, "kvm")
+        return failed.value.errno, failed.value.hint
+
+    number, hint = in_child(adopt)
+    assert number == errno.EIO
+    assert hint is not None
+    assert "another process made the VM" in hint
+    Partition.from_fd(vm, "kvm").close()
 
 
 def test_quiescing_is_an_option_of_adopting(vm: KvmVm) -> None:

@@ -162,12 +162,19 @@ def test_a_callers_eventfd_raises_the_interrupts_of_its_route(guest: Guest, flag
         os.close(fd)
 
 
-def test_a_route_lives_on_when_the_caller_closes_its_eventfd(guest: Guest) -> None:
+@pytest.mark.parametrize("armed", [False, True])
+def test_a_route_lives_on_when_the_caller_closes_its_eventfd(guest: Guest, armed: bool) -> None:
     fd = os.eventfd(0, os.EFD_CLOEXEC)
     with guest.partition.new_irqfd_route(event=fd) as route:
+        if armed:
+            route.set_msi(msi(0x42))
         os.close(fd)
         route.set_msi(msi(0x41))
         route.signal()
+        guest.receives(msi(0x41))
+        route.mask()
+        route.signal()
+        route.unmask()
         guest.receives(msi(0x41))
 
 

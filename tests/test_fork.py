@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from mshv_irqfd import Batch, EventFd, ForkedError, IrqFdRoute, Partition
-from support import collect, in_child, msi, open_files, recorded, refusal, still_works, until
+from support import collect, in_child, msi, open_files, pushing, recorded, refusal, still_works, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -205,14 +204,6 @@ def test_finalizers_in_a_child_close_descriptors_and_do_nothing_else(backend: Ba
     owner.close()
 
 
-def test_a_child_that_exits_leaves_the_interrupts_flowing(guest: Guest) -> None:
-    with at_work(guest) as route:
-        for _ in range(5):
-            in_child(lambda: None)
-            route.signal()
-            guest.receives(msi(0x41))
-
-
 def test_an_eventfd_works_in_a_child_on_the_same_counter() -> None:
     with EventFd() as event:
         in_child(lambda: event.signal(3))
@@ -259,34 +250,6 @@ def test_a_child_can_bring_an_eventfd_that_its_parent_uses_too(guest: Guest, bac
         assert in_child(bring) == "none"
 
 
-@contextmanager
-def pushing(guest: Guest, routes: list[IrqFdRoute]) -> Iterator[None]:
-    """Two threads of which one is in a push at nearly any time."""
-    stop, errors = threading.Event(), list[BaseException]()
-
-    def push() -> None:
-        turn = 0
-        try:
-            while not stop.is_set():
-                turn += 1
-                with guest.partition.batch() as batch:
-                    for route in routes:
-                        batch.set_msi(route, msi(0x42 + turn % 2))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=push) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert errors == []
-
-
 def test_forking_while_another_thread_pushes_hangs_neither_child_nor_parent(guest: Guest) -> None:
     partition = guest.partition
     routes = [partition.new_irqfd_route() for _ in range(200)]
@@ -305,7 +268,7 @@ def test_forking_while_another_thread_pushes_hangs_neither_child_nor_parent(gues
             pass
         return seen
 
-    with pushing(guest, routes):
+    with pushing(partition, routes):
         until(lambda: partition.stats().pushes > 0, "the first push was made")
         for _ in range(15):
             assert in_child(use) == ["ForkedError"] * 5 + ["none"]

@@ -65,6 +65,11 @@ class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is 
     ) -> Partition:
         """Takes sole charge of the MSI routing of a partition that somebody else made, on a duplicate of its fd.
 
+        A VM of KVM can be adopted only by the process that made it. On mshv any process that has the descriptor can,
+        also after another owner was killed: the kernel keeps the irqfds that were armed on eventfds which somebody
+        still has open, and can't be asked for them. Until those are closed or disarmed, a signal on them raises what
+        the table has for the GSI that they had (a new route's MSI, or vector 0), and a route can't be armed on them.
+
         Args:
             fd: a partition of the mshv driver or a VM of KVM (an int, or an object with `fileno()`).
             backend: "mshv" or "kvm".

@@ -80,6 +80,10 @@ fn advice(backend: Backend, device: &Path, error: &CallError) -> String {
              adopt it after KVM_CREATE_IRQCHIP or KVM_CAP_SPLIT_IRQCHIP"
                 .into()
         }
+        (Backend::Kvm, libc::EIO) if error.call == "KVM_GET_IRQCHIP" => {
+            "another process made the VM, and KVM takes ioctls from its maker only; adopt it there, or make a VM here"
+                .into()
+        }
         (_, libc::ENOENT | libc::ENXIO | libc::ENODEV) => "there is no such device: load the module (kvm_intel or \
              kvm_amd) and turn virtualization on in the firmware; without it use \"simulated\""
             .into(),

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
+import signal
 import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from backends import MshvGuest
+from backends import Backend, MshvGuest
 from conftest import need
-from mshv_irqfd import MissingVpError, Partition, RoutingEntry
-from support import msi
+from mshv_irqfd import IrqFdError, MissingVpError, Partition, RoutingEntry
+from support import an_owner, msi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CREATE_PARTITION, INITIALIZE, CREATE_VP = 0x4010B800, 0xB800, 0x4004B801
+CREATE_PARTITION, INITIALIZE, CREATE_VP, IRQFD = 0x4010B800, 0xB800, 0x4004B801, 0x4010B803
+IRQFD_DEASSIGN = 1
 LAPIC_AND_X2APIC = 3
 
 
@@ -65,3 +68,31 @@ def test_the_vps_of_an_adopted_partition_are_made_by_its_maker(made: int) -> Non
             Partition.from_fd(made, "mshv")
         with pytest.raises(ValueError, match="mshv_partition"):
             Partition.from_fd(made, "kvm")
+
+
+def test_what_a_killed_owner_left_armed_on_anothers_eventfd_is_the_next_owners_to_know(made: int) -> None:
+    event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    with an_owner(Backend("mshv"), "adopted", event, made, fds=(event, made)) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == f"{owner.pid}\n"
+        owner.kill()
+        assert owner.wait() == -signal.SIGKILL
+    guest = MshvGuest(Partition.from_fd(made, "mshv", vps=1))
+    os.eventfd_write(event, 1)
+    guest.receives(msi(0x41))
+    with guest.partition.new_irqfd_route() as first, guest.partition.new_irqfd_route(event=event) as second:
+        # The dead owner's GSI is the first that is handed out anew, with its irqfd still on it.
+        first.set_msi(msi(0x51))
+        first.signal()
+        guest.receives(msi(0x51))
+        os.eventfd_write(event, 1)
+        guest.receives(msi(0x51))
+        with pytest.raises(IrqFdError, match="armed on a GSI already") as failed:
+            second.set_msi(msi(0x52))
+        assert failed.value.errno == errno.EBUSY
+        fcntl.ioctl(made, IRQFD, struct.pack("iiII", event, 0, first.gsi, IRQFD_DEASSIGN))
+        second.set_msi(msi(0x52))
+        os.eventfd_write(event, 1)
+        guest.receives(msi(0x52))
+    guest.close()
+    os.close(event)
