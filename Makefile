@@ -12,7 +12,7 @@ SOAK_MSHV ?= 100x50
 FUZZ_SECONDS ?= 120
 FUZZ_TARGETS := msi fdinfo table operations
 
-.PHONY: help build-dev test soak interleavings fuzz sanitize lint lab demo wheel stubs format clean
+.PHONY: help build-dev test soak interleavings fuzz sanitize memcheck lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -53,6 +53,12 @@ sanitize: export RUSTC_BOOTSTRAP := 1
 sanitize: ## Runs the Rust tests under the address and leak sanitizers
 	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/sanitize \
 		cargo test --quiet --locked --lib --target x86_64-unknown-linux-gnu
+
+memcheck: build-dev ## Runs a smoke test of the Python package under valgrind: bad accesses, and leaks of its own
+	command -v valgrind >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install valgrind; } || \
+		{ echo "needs valgrind: apt install valgrind"; exit 1; }
+	cargo build --quiet --locked --features python
+	$(RUN) tools/memcheck.py
 
 lint: build-dev ## Checks format, style, types, and the stub against the module
 	cargo fmt --check

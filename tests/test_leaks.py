@@ -1,0 +1,63 @@
+"""Leaks: partitions, routes, batches and views come and go in every way, and nothing grows with their number."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from lives import LIVES_LED
+from support import collect, native_threads, open_files, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from backends import Backend
+
+LIVES, STRETCHES = 30, 8
+"""So many partitions come and go in a stretch, of so many at most: caches grow in some stretches, a leak in each."""
+
+LEAST = 24
+"""Bytes of the smallest block of the C library's heap."""
+
+
+class MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks")] + [
+        (name, ctypes.c_size_t) for name in ("fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def bytes_in_use() -> int:
+    """What mallinfo2(3) says of the heap, which is also Rust's."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = MallInfo
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+def measured() -> tuple[int, int]:
+    collect()
+    return sys.getallocatedblocks(), bytes_in_use()
+
+
+@pytest.mark.parametrize("live", LIVES_LED)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_nothing_grows_with_the_number_of_partitions(backend: Backend, live: Callable[[Backend], None]) -> None:
+    files, threads = open_files(), native_threads()
+    grown = []
+    for _ in range(STRETCHES):
+        before = measured()
+        for _ in range(LIVES):
+            live(backend)
+        collect()
+        until(lambda: native_threads() <= threads, "their threads ended")
+        blocks, size = (now - then for now, then in zip(measured(), before, strict=True))
+        grown.append((blocks, size))
+        # Less than one a life.
+        if blocks < LIVES and size < LIVES * LEAST and len(grown) > 1:
+            break
+    else:
+        pytest.fail(f"each {LIVES} partitions grew Python by blocks, and the heap by bytes: {grown}")
+    print(f"{LIVES * len(grown)} partitions; the last {LIVES} grew Python by {blocks} blocks, the heap by {size} bytes")
+    assert open_files() == files
