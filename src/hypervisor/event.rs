@@ -197,12 +197,14 @@ impl EventFd {
 pub fn drain(events: &[&EventFd]) -> Vec<(usize, io::Error)> {
     /// poll(2) takes no more descriptors than RLIMIT_NOFILE.
     const AT_ONCE: usize = 256;
+    if let [event] = events {
+        return event.consume().err().map(|error| (0, error)).into_iter().collect();
+    }
     let poll = |event: &&EventFd| libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let mut polls: Vec<_> = events.iter().map(poll).collect();
     for some in polls.chunks_mut(AT_ONCE) {
-        // One is as well read at once. SAFETY: as many pollfds as it says, which live across the call; a timeout of
-        // 0 does not wait.
-        if some.len() == 1 || unsafe { libc::poll(some.as_mut_ptr(), some.len() as libc::nfds_t, 0) } < 0 {
+        // SAFETY: as many pollfds as it says, which live across the call; a timeout of 0 does not wait.
+        if unsafe { libc::poll(some.as_mut_ptr(), some.len() as libc::nfds_t, 0) } < 0 {
             some.iter_mut().for_each(|poll| poll.revents = libc::POLLIN);
         }
     }

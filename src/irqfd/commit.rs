@@ -145,10 +145,16 @@ impl State {
 
     /// Drains what was assigned last, from a place in `armed` on.
     fn drain(&mut self, from: usize) -> Result<(), Failure> {
-        let fresh = self.armed[from..].to_vec();
-        let routes = fresh.iter().filter_map(|index| self.slots[usize::from(*index)].route.as_deref());
+        if self.armed.len() == from {
+            return Ok(());
+        }
+        let routes = self.armed[from..].iter().filter_map(|index| self.slots[usize::from(*index)].route.as_deref());
         let events: Vec<_> = routes.map(|route| &route.event).collect();
         let failed = self.hypervisor.as_mut().map_or_else(Vec::new, |hypervisor| hypervisor.drain(&events));
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let fresh = self.armed[from..].to_vec();
         let mut result = Ok(());
         for (place, error) in failed {
             let index = usize::from(fresh[place]);
