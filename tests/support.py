@@ -162,10 +162,10 @@ def recorded() -> Iterator[list[tuple[type[Warning], str]]]:
         yield told
 
 
-def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in an interpreter of its own."""
+def run_python(code: str, *options: str, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs code in an interpreter of its own, started by another program if one is named."""
     return subprocess.run(
-        [sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [*under, sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

@@ -380,6 +380,34 @@ for spare in range(3):
     still_works(guest)
 
 
+def test_where_there_is_no_proc_closing_gives_all_descriptors_back(backend: Backend) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to start a program that has no /proc")
+    code = f"""
+import os
+from mshv_irqfd import MsiRoute, open_partition
+def files():
+    found = []
+    for fd in range(100):
+        try:
+            found.append((fd, os.fstat(fd).st_ino))
+        except OSError:
+            pass
+    return found
+assert not os.path.exists("/proc/self")
+for _ in range(2):
+    before = files()
+    with open_partition({backend.name!r}, vps=2) as partition:
+        route = partition.new_irqfd_route()
+        route.set_msi(MsiRoute.fixed(0x41, 1))
+    assert files() == before
+print("fine")
+"""
+    without_proc = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+    ended = run_python(code, "-W", "error", under=without_proc)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fine\n", "")
+
+
 def test_a_backend_asked_for_by_name_may_not_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.SELECTION, "simulated, kvm")
     assert backends.selected() == ("simulated", "kvm")

@@ -31,9 +31,14 @@ pub fn close(fd: RawFd) {
 /// Drops something that owns a descriptor of a file that /proc calls `kind`, or, where that was closed behind our back,
 /// lets go of it without closing what may have its number by now.
 pub fn drop_if_still<T: AsRawFd>(owner: T, kind: &str) {
-    if !link(owner.as_raw_fd()).is_ok_and(|link| link.starts_with(kind)) {
+    if !is_still(owner.as_raw_fd(), kind) {
         std::mem::forget(owner);
     }
+}
+
+/// Whether a number stands for a file of this kind, or, where there is no /proc to say, for any.
+pub fn is_still(fd: RawFd, kind: &str) -> bool {
+    link(fd).map_or_else(|_| is_open(fd), |link| link.starts_with(kind))
 }
 
 /// Whether a number stands for an open file.

@@ -167,7 +167,7 @@ impl Drop for MshvPartition {
                 vps.drain(..).for_each(|vp| descriptor::drop_if_still(vp, VP_LINK));
                 vm.take().into_iter().for_each(|vm| descriptor::drop_if_still(vm, LINK));
             }
-            Vm::Adopted(fd) if descriptor::link(*fd).is_ok_and(|link| link == LINK) => descriptor::close(*fd),
+            Vm::Adopted(fd) if descriptor::is_still(*fd, LINK) => descriptor::close(*fd),
             Vm::Adopted(_) => {}
         }
     }
