@@ -12,6 +12,7 @@ import mshv_irqfd
 import pytest
 from mshv_irqfd import (
     ClosedError,
+    GsiState,
     HypervisorUnavailableError,
     IrqFdError,
     MshvIrqFdError,
@@ -116,6 +117,21 @@ def test_an_eventfd_closed_behind_our_back_gives_ebadf_and_the_rest_works(guest:
     assert (route.msi, route.armed) == (None, False)
     route.close()
     still_works(guest)
+
+
+def test_an_armed_eventfd_closed_behind_our_back_stops_no_push(open_guest: Callable[..., Guest]) -> None:
+    guest = open_guest(quiesce=True)
+    route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    route.set_msi(msi(0x41))
+    other.set_msi(msi(0x42))
+    os.close(route.fileno())
+    other.set_msi(msi(0x43))
+    other.signal()
+    guest.receives(msi(0x43))
+    assert (route.state, other.state) == (GsiState.BROKEN, GsiState.ENABLED)
+    # Closing tries once more, and may say so.
+    with suppress(IrqFdError):
+        guest.partition.close()
 
 
 def test_an_armed_eventfd_closed_behind_our_back_spoils_nothing_else(guest: Guest) -> None:

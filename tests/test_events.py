@@ -195,6 +195,16 @@ def test_closing_a_route_leaves_the_callers_eventfd_and_its_signals_alone(guest:
     assert os.eventfd_read(theirs) == 2
 
 
+def test_signals_that_wait_when_a_route_is_closed_stay_in_the_callers_eventfd(guest: Guest, theirs: int) -> None:
+    route = guest.partition.new_irqfd_route(event=theirs)
+    route.set_msi(msi(0x41))
+    route.mask()
+    os.eventfd_write(theirs, 2)
+    route.close()
+    guest.receives_nothing()
+    assert os.eventfd_read(theirs) == 2
+
+
 def refused(guest: Guest, event: Any, error: type[Exception], words: str) -> None:
     """Shows that an event is refused when it is brought, and that nothing comes of it."""
     before = guest.partition.stats(), guest.partition.routes

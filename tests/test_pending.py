@@ -74,6 +74,17 @@ def test_signals_wait_until_the_route_is_armed_and_become_one_interrupt(
         assert not route.pending
 
 
+def test_masking_keeps_what_waits(guest: Guest) -> None:
+    with guest.partition.new_irqfd_route() as route:
+        route.signal()
+        for _ in range(2):
+            route.mask()
+            assert route.pending
+        route.set_msi(msi(0x41))
+        route.unmask()
+        guest.receives(msi(0x41))
+
+
 @unarmed
 def test_arming_without_a_signal_raises_nothing(
     guest: Guest, disarm: Callable[[IrqFdRoute], object], arm: Callable[[IrqFdRoute], object]

@@ -416,6 +416,21 @@ def test_a_failed_unmask_leaves_the_signal_waiting(simulated: SimulatedGuest) ->
         simulated.receives(msi(0x41))
 
 
+def test_what_a_failed_batch_had_armed_is_disarmed_again(simulated: SimulatedGuest) -> None:
+    routes = [simulated.partition.new_irqfd_route() for _ in range(2)]
+    simulated.partition.fail("assign_irqfd", errno.EIO, after=1)
+    with pytest.raises(IrqFdError), simulated.partition.batch() as batch:
+        for route in routes:
+            batch.set_msi(route, msi(0x41))
+    for route in routes:
+        assert route.state is GsiState.DISABLED
+        route.signal()
+        assert route.pending
+    simulated.receives_nothing()
+    for route in routes:
+        route.close()
+
+
 def test_a_failed_batch_forgets_what_was_asked_for(simulated: SimulatedGuest) -> None:
     first, second = simulated.partition.new_irqfd_route(), simulated.partition.new_irqfd_route()
     simulated.partition.fail("set_msi_routing", errno.ENOMEM)

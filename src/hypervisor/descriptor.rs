@@ -74,3 +74,52 @@ pub fn same_file(a: RawFd, b: RawFd) -> Option<bool> {
     };
     (order >= 0).then_some(order == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_opened_for_both_ways_and_neither_blocks_nor_is_inherited() {
+        let file = open_device(Path::new("/dev/null")).unwrap();
+        // SAFETY: queries on an open descriptor.
+        let (mode, flags) =
+            unsafe { (libc::fcntl(file.as_raw_fd(), libc::F_GETFL), libc::fcntl(file.as_raw_fd(), libc::F_GETFD)) };
+        assert_eq!(mode & (libc::O_ACCMODE | libc::O_NONBLOCK), libc::O_RDWR | libc::O_NONBLOCK);
+        assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
+    }
+
+    #[test]
+    fn duplicates_are_one_file_and_two_openings_are_two() {
+        let [one, two] = [0, 1].map(|_| std::fs::File::open("/dev/null").unwrap());
+        let twin = owned_duplicate(one.as_raw_fd()).unwrap();
+        assert_eq!(same_file(one.as_raw_fd(), twin.as_raw_fd()), Some(true));
+        assert_eq!(same_file(one.as_raw_fd(), two.as_raw_fd()), Some(false));
+        assert_eq!(same_file(one.as_raw_fd(), -1), None);
+    }
+
+    /// Something that owns a number, and says when it is dropped.
+    struct Owning<'a>(RawFd, &'a std::cell::Cell<bool>);
+
+    impl AsRawFd for Owning<'_> {
+        fn as_raw_fd(&self) -> RawFd {
+            self.0
+        }
+    }
+
+    impl Drop for Owning<'_> {
+        fn drop(&mut self) {
+            self.1.set(true);
+        }
+    }
+
+    #[test]
+    fn what_owns_a_number_that_was_closed_by_others_is_let_go_and_not_dropped() {
+        let open = std::fs::File::open("/dev/null").unwrap();
+        for (fd, expected) in [(open.as_raw_fd(), true), (-1, false)] {
+            let dropped = std::cell::Cell::new(false);
+            drop_if_open(Owning(fd, &dropped));
+            assert_eq!(dropped.get(), expected);
+        }
+    }
+}

@@ -3,9 +3,13 @@
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+#[cfg(not(all(test, shuttle)))]
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
+#[cfg(all(test, shuttle))]
+use shuttle::sync::atomic::AtomicU32;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
 
 use super::descriptor;
@@ -306,13 +310,19 @@ mod tests {
     fn a_blocking_eventfd_blocks_neither_signal_nor_consume() {
         let fd = raw(0);
         let event = EventFd::adopt(fd).unwrap();
-        assert_eq!(event.consume().unwrap(), 0);
-        event.signal(u64::MAX - 1).unwrap();
-        event.signal(1).unwrap();
-        assert_eq!(event.consume().unwrap(), u64::MAX - 1);
-        event.signal(u64::MAX - 100).unwrap();
-        event.signal(200).unwrap();
-        assert_eq!(event.consume().unwrap(), u64::MAX - 100);
+        let (done, over) = std::sync::mpsc::channel();
+        // A thread of its own, which can be left behind where it blocks.
+        std::thread::spawn(move || {
+            let empty = event.consume().unwrap();
+            event.signal(u64::MAX - 1).unwrap();
+            event.signal(1).unwrap();
+            let full = event.consume().unwrap();
+            event.signal(u64::MAX - 100).unwrap();
+            event.signal(200).unwrap();
+            done.send([empty, full, event.consume().unwrap()])
+        });
+        let taken = over.recv_timeout(std::time::Duration::from_secs(20));
+        assert_eq!(taken, Ok([0, u64::MAX - 1, u64::MAX - 100]));
         descriptor::close(fd);
     }
 

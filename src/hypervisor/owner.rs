@@ -126,4 +126,23 @@ mod tests {
         assert!(owner.is_current());
         assert_eq!(VALUES.get().unwrap().load(Ordering::Relaxed), 7);
     }
+
+    #[test]
+    fn the_check_makes_no_system_call() {
+        let owner = Owner::current().unwrap();
+        // SAFETY: the child makes system calls and the check only, and ends without unwinding.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: from the first on, any system call but read, write and exit kills the child.
+            unsafe {
+                let strict = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_STRICT);
+                let ok = strict == 0 && !owner.is_current();
+                libc::syscall(libc::SYS_exit, if ok { 0 } else { 1 });
+            }
+        }
+        let mut status = -1;
+        // SAFETY: waits for the child made above.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "killed for a system call, or not told that it is a child");
+    }
 }

@@ -215,6 +215,13 @@ impl Partition {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether somebody waits for the lock.
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn is_awaited(&self) -> bool {
+        self.turn.try_lock().is_err()
+    }
+
     /// Says whether this process may act on the partition; before any lock, which a forked child could find
     /// held by a thread that it does not have.
     pub fn check_owner(&self) -> Result {

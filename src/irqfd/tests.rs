@@ -37,6 +37,8 @@ struct Kernel {
     /// The GSI whose eventfd somebody else has closed.
     closed_event: Option<u32>,
     drain_fails: bool,
+    /// How many armings there were of which nobody has taken what they left in the counter.
+    undrained: usize,
 }
 
 impl Kernel {
@@ -105,6 +107,7 @@ impl Hypervisor for Recorder {
         kernel.check(!twice, "an irqfd is assigned once");
         kernel.call(Operation::AssignIrqfd, Assign(gsi))?;
         kernel.armed.insert(gsi);
+        kernel.undrained += 1;
         Ok(())
     }
 
@@ -128,6 +131,7 @@ impl Hypervisor for Recorder {
 
     fn drain(&mut self, events: &[&EventFd]) -> Vec<(usize, CallError)> {
         let failed = |place| (place, CallError::new(Operation::Event, "recorded drain", libc::EIO));
+        self.kernel().undrained -= events.len();
         if self.kernel().drain_fails { (0..events.len()).map(failed).collect() } else { Vec::new() }
     }
 
@@ -184,8 +188,10 @@ fn enabling_pushes_then_assigns_and_disabling_only_deassigns() {
         let (partition, recorder) = partition(quiesce);
         let route = partition.new_route(None).unwrap();
         assert_eq!(recorder.taken(), []);
+        assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Disabled);
         route.set_msi(msi(0x41)).unwrap();
         assert_eq!(recorder.taken(), [Push(vec![(24, 0x41)]), Assign(24)]);
+        assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Enabled);
         route.mask().unwrap();
         assert_eq!(recorder.taken(), [Deassign(24)]);
         route.unmask().unwrap();
@@ -268,17 +274,29 @@ fn a_batch_disarms_pushes_once_and_arms() {
         let (partition, recorder) = partition(quiesce);
         let routes_ = routes(&partition, &recorder, 3);
         let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+        assert!(batch.is_empty());
         batch.mask(&routes_[0]);
         batch.set_msi(&routes_[1], msi(0x51));
         batch.set_msi(&routes_[1], msi(0x52));
         batch.clear_msi(&routes_[2]);
-        assert_eq!(recorder.taken(), []);
+        assert_eq!((batch.len(), batch.is_empty(), recorder.taken()), (3, false, vec![]));
         batch.commit().unwrap();
         let calls = recorder.taken();
         let pushes: Vec<_> = calls.iter().filter(|call| matches!(call, Push(_))).collect();
         assert_eq!(pushes, [&Push(vec![(24, 0x41), (25, 0x52)])]);
         assert_eq!(recorder.kernel().armed, BTreeSet::from([25]));
     }
+}
+
+#[test]
+fn a_batch_with_a_route_of_another_partition_fails_before_any_call() {
+    let ((ours, recorder), (theirs, others)) = (partition(true), partition(true));
+    let (route, foreign) = (ours.new_route(None).unwrap(), theirs.new_route(None).unwrap());
+    let mut batch = Batch::new(Arc::clone(&ours)).unwrap();
+    batch.set_msi(&route, msi(0x41));
+    batch.set_msi(&foreign, msi(0x42));
+    assert!(matches!(batch.commit(), Err(Error::Invalid(_))));
+    assert_eq!((recorder.taken(), others.taken(), route.msi().unwrap()), (vec![], vec![], None));
 }
 
 #[test]
@@ -303,6 +321,41 @@ fn dropping_a_route_disarms_it_and_frees_the_lowest_gsi() {
     assert_eq!(recorder.taken(), [Deassign(25)]);
     assert_eq!(partition.gsi_state(25).unwrap(), GsiState::Unallocated);
     assert_eq!(partition.new_route(None).unwrap().gsi(), 25);
+    // Its entry goes with the next push that there is a need for.
+    routes_[0].set_msi(msi(0x99)).unwrap();
+    assert!(recorder.taken().contains(&Push(vec![(24, 0x99), (26, 0x43), (27, 0x44)])));
+}
+
+#[test]
+fn signals_wait_through_all_that_does_not_arm() {
+    let (partition, recorder) = partition(true);
+    let route = partition.new_route(None).unwrap();
+    route.signal(3).unwrap();
+    let steps: [fn(&IrqFdRoute) -> Result; 5] = [
+        IrqFdRoute::mask,
+        |route| route.set_msi(msi(0x41)),
+        IrqFdRoute::mask,
+        IrqFdRoute::clear_msi,
+        IrqFdRoute::unmask,
+    ];
+    for step in steps {
+        step(&route).unwrap();
+        assert!(route.pending().unwrap());
+    }
+    assert_eq!(recorder.taken(), []);
+    assert_eq!(route.take_pending().unwrap(), 3);
+    assert!(!route.pending().unwrap());
+}
+
+#[test]
+fn while_a_route_is_armed_nothing_is_pending_and_nothing_is_taken() {
+    let (partition, recorder) = partition(true);
+    let route = &routes(&partition, &recorder, 1)[0];
+    // The kernel here takes no signals, so this one is still in the counter.
+    route.signal(1).unwrap();
+    assert!(!route.pending().unwrap());
+    assert!(!route.consume_pending().unwrap());
+    assert_eq!(route.shared().event.consume().unwrap(), 1);
 }
 
 #[test]
@@ -325,10 +378,34 @@ fn a_destination_without_a_vp_is_refused_before_any_call() {
     route.set_msi(missing()).unwrap();
     assert!(matches!(route.unmask(), Err(Error::MissingVp { .. })));
     assert!(route.masked().unwrap());
+    let armed = &routes(&partition, &recorder, 1)[0];
+    assert!(matches!(armed.set_msi(missing()), Err(Error::MissingVp { destination: 5, .. })));
+    assert_eq!((armed.armed().unwrap(), armed.msi().unwrap()), (true, Some(msi(0x41))));
     assert_eq!(recorder.taken(), []);
     partition.create_vp(5).unwrap();
     route.unmask().unwrap();
     assert!(route.armed().unwrap());
+}
+
+#[test]
+fn a_vp_that_the_kernel_refused_is_no_destination() {
+    let (partition, recorder) = partition(true);
+    recorder.fail([0]);
+    assert!(matches!(partition.create_vp(5), Err(Error::Failed(_))));
+    let route = partition.new_route(None).unwrap();
+    assert!(matches!(route.set_msi(missing()), Err(Error::MissingVp { destination: 5, .. })));
+    assert_eq!(partition.vps().unwrap(), Some(vec![0]));
+}
+
+#[test]
+fn the_broadcast_destination_is_taken_by_kvm_only() {
+    let everybody = MsiRoute::new(0xFEEF_F000, 0x41).unwrap();
+    for quiesce in [false, true] {
+        let (partition, recorder) = partition(quiesce);
+        let route = partition.new_route(None).unwrap();
+        let refused = matches!(route.set_msi(everybody), Err(Error::MissingVp { destination: 0xFF, .. }));
+        assert_eq!((refused, recorder.taken().is_empty()), (quiesce, quiesce));
+    }
 }
 
 /// What is known of a route from outside.
@@ -354,6 +431,7 @@ fn check_rules_of<'a>(
     let kernel = recorder.kernel();
     assert_eq!(kernel.violations, Vec::<String>::new(), "{context}");
     assert_eq!(table, kernel.table, "{context}: our record is what the kernel holds");
+    assert_eq!(kernel.undrained, 0, "{context}: what arming leaves is drained");
     for route in routes.into_iter().filter(|route| !route.is_closed()) {
         let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
         let gsi = route.gsi();
@@ -559,6 +637,19 @@ fn a_route_that_could_not_be_armed_again_keeps_its_signals_and_is_armed_with_the
 }
 
 #[test]
+fn closing_one_of_those_that_could_not_be_armed_again_leaves_the_others_to_the_next_push() {
+    let (partition, recorder, mut routes) = scene(true);
+    // Disarms 24 and 25, fails to push, fails to arm both again.
+    recorder.fail([2, 3, 4]);
+    let Err(Error::Failed(failure)) = routes[3].set_msi(msi(0x70)) else { panic!("no failure") };
+    assert_eq!(failure.disarmed.len(), 2);
+    drop(routes.remove(0));
+    routes[2].set_msi(msi(0x70)).unwrap();
+    assert!(routes[0].armed().unwrap());
+    check_rules(&partition, &recorder, &routes, "after the next push");
+}
+
+#[test]
 fn a_route_that_could_not_be_armed_again_is_armed_by_setting_it_again() {
     let retries: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::unmask, |route| route.set_msi(msi(0x41))];
     for again in retries {
@@ -586,6 +677,21 @@ fn closing_the_partition_tries_once_more_to_disarm_what_a_route_could_not() {
     assert!(matches!(all[0].signal(1), Err(Error::Closed(_))));
     partition.close().unwrap();
     assert_eq!(recorder.kernel().armed, BTreeSet::new());
+}
+
+#[test]
+fn an_eventfd_of_one_route_is_refused_for_another_until_the_first_is_closed() {
+    let ((ours, _), (theirs, _)) = (partition(true), partition(true));
+    let event = EventFd::new().unwrap();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&event);
+    let route = ours.new_route(Some(fd)).unwrap();
+    for other in [&ours, &theirs] {
+        let refused = other.new_route(Some(fd)).unwrap_err().to_string();
+        assert!(refused.contains("eventfd of the route of GSI 24"), "{refused}");
+        assert_eq!(refused.contains("of another partition"), Arc::ptr_eq(other, &theirs), "{refused}");
+    }
+    route.close().unwrap();
+    assert_eq!(theirs.new_route(Some(fd)).unwrap().gsi(), 24);
 }
 
 #[test]
@@ -626,6 +732,20 @@ fn what_cannot_be_drained_is_not_left_armed_unknown_to_us() {
 }
 
 #[test]
+fn what_was_armed_before_and_can_not_be_drained_again_is_disarmed_and_said_so() {
+    let (partition, recorder) = partition(true);
+    let armed = &routes(&partition, &recorder, 1)[0];
+    let route = partition.new_route(None).unwrap();
+    recorder.kernel().drain_fails = true;
+    let Err(Error::Failed(failure)) = route.set_msi(msi(0x50)) else { panic!("no failure") };
+    assert_eq!((failure.broken, failure.disarmed), (vec![], vec![24]));
+    assert_eq!((armed.armed().unwrap(), recorder.kernel().armed.len()), (false, 0));
+    recorder.kernel().drain_fails = false;
+    route.set_msi(msi(0x51)).unwrap();
+    assert!(armed.armed().unwrap() && route.armed().unwrap());
+}
+
+#[test]
 fn a_lapsed_route_is_not_armed_while_its_signals_are_being_taken() {
     let (partition, recorder, routes) = scene(true);
     recorder.fail([2, 3]);
@@ -658,4 +778,152 @@ fn a_batch_with_a_closed_route_and_its_successor_on_the_gsi_fails_and_does_not_h
     }
     assert!(matches!(batch.commit(), Err(Error::Closed(_))));
     assert_eq!(recorder.taken(), []);
+}
+
+#[test]
+fn every_call_is_counted_and_every_push_that_was_not_needed() {
+    let (partition, recorder) = partition(true);
+    let count = || {
+        let stats = partition.stats().unwrap();
+        [stats.pushes, stats.entries_pushed, stats.pushes_skipped, stats.arms, stats.disarms, stats.failures]
+    };
+    let [first, second] = [0x41, 0x42].map(|vector| {
+        let route = partition.new_route(None).unwrap();
+        route.set_msi(msi(vector)).unwrap();
+        route
+    });
+    assert_eq!(count(), [2, 3, 0, 3, 1, 0]);
+    first.mask().unwrap();
+    first.set_msi(msi(0x51)).unwrap();
+    assert_eq!(count(), [2, 3, 2, 3, 2, 0]);
+    // What is so already is no change.
+    first.set_msi(msi(0x51)).unwrap();
+    second.set_msi(msi(0x42)).unwrap();
+    assert_eq!(count(), [2, 3, 2, 3, 2, 0]);
+    recorder.fail([0]);
+    assert!(first.unmask().is_err());
+    first.unmask().unwrap();
+    assert_eq!(count(), [3, 5, 2, 5, 3, 1]);
+    recorder.fail([0]);
+    assert!(second.set_msi(msi(0x52)).is_err());
+    second.close().unwrap();
+    partition.close().unwrap();
+    assert_eq!(count(), [3, 5, 4, 5, 5, 2]);
+}
+
+#[test]
+fn a_forked_child_is_refused_before_any_lock() {
+    type Use = fn(&Arc<Partition>, &IrqFdRoute) -> Result;
+    let uses: [(&str, Use); 18] = [
+        ("set_msi", |_, route| route.set_msi(msi(0x42))),
+        ("clear_msi", |_, route| route.clear_msi()),
+        ("mask", |_, route| route.mask()),
+        ("unmask", |_, route| route.unmask()),
+        ("state", |_, route| route.state().map(drop)),
+        ("pending", |_, route| route.pending().map(drop)),
+        ("take_pending", |_, route| route.take_pending().map(drop)),
+        ("close of the route", |_, route| route.close()),
+        ("new_route", |partition, _| partition.new_route(None).map(drop)),
+        ("new_route with an eventfd", |partition, route| partition.new_route(Some(route.fileno()?)).map(drop)),
+        ("try_new_route", |partition, _| partition.try_new_route().map(drop)),
+        ("create_vp", |partition, _| partition.create_vp(1)),
+        ("vps", |partition, _| partition.vps().map(drop)),
+        ("gsi_state", |partition, _| partition.gsi_state(24).map(drop)),
+        ("routing_table", |partition, _| partition.routing_table().map(drop)),
+        ("stats", |partition, _| partition.stats().map(drop)),
+        ("batch", |partition, _| Batch::<&IrqFdRoute>::new(Arc::clone(partition)).map(drop)),
+        ("close of the partition", |partition, _| partition.close()),
+    ];
+    let (partition, recorder) = partition(true);
+    let route = &routes(&partition, &recorder, 1)[0];
+    for (name, refused) in uses {
+        in_child_with_locks_held(&partition, route, name, || {
+            matches!(refused(&partition, route), Err(Error::Forked))
+        });
+    }
+}
+
+#[test]
+fn a_forked_child_gives_up_descriptors_without_a_call_or_a_lock() {
+    let (partition, recorder) = partition(true);
+    let route = &routes(&partition, &recorder, 1)[0];
+    in_child_with_locks_held(&partition, route, "abandon of the route", || {
+        route.abandon().is_ok() && route.shared().event.is_closed() && recorder.taken().is_empty()
+    });
+    in_child_with_locks_held(&partition, route, "abandon of the partition", || {
+        partition.abandon().is_ok() && recorder.taken().is_empty()
+    });
+    assert!(!route.shared().event.is_closed() && route.armed().unwrap());
+}
+
+/// Shows that something is true in a forked child that inherits both locks held, and comes true without waiting.
+fn in_child_with_locks_held(partition: &Partition, route: &IrqFdRoute, what: &str, seen: impl FnOnce() -> bool) {
+    let child = {
+        let _locks = (route.shared().lock(), partition.lock());
+        // SAFETY: the child calls what is to be seen to take no lock, and ends without unwinding.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: sets a timer that kills a child that waits, and ends one that does not.
+            unsafe {
+                libc::alarm(20);
+                libc::_exit(if seen() { 0 } else { 1 })
+            };
+        }
+        child
+    };
+    let mut status = -1;
+    // SAFETY: waits for the child made above.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert!(!libc::WIFSIGNALED(status), "{what} waited for a lock in a forked child");
+    assert_eq!(libc::WEXITSTATUS(status), 0, "{what} did in a forked child what it must not");
+}
+
+#[test]
+fn dropping_a_route_that_can_not_be_disarmed_sets_its_gsi_aside_and_goes_on() {
+    let (partition, recorder) = partition(true);
+    let mut all = routes(&partition, &recorder, 2);
+    recorder.fail([0]);
+    drop(all.remove(0));
+    assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+    assert!(all[0].armed().unwrap());
+}
+
+#[test]
+fn what_the_kernel_has_no_part_in_waits_for_no_push() {
+    let (partition, _) = partition(true);
+    let route = Arc::new(partition.new_route(None).unwrap());
+    route.mask().unwrap();
+    route.set_msi(msi(0x41)).unwrap();
+    route.signal(1).unwrap();
+    let pushing = partition.lock();
+    let (done, over) = std::sync::mpsc::channel();
+    // A thread of its own, which can be left behind where it waits.
+    let theirs = Arc::clone(&route);
+    std::thread::spawn(move || done.send((theirs.set_msi(msi(0x42)).is_ok(), theirs.consume_pending().unwrap())));
+    assert_eq!(over.recv_timeout(std::time::Duration::from_secs(20)), Ok((true, true)));
+    drop(pushing);
+    assert_eq!(route.msi().unwrap(), Some(msi(0x42)));
+}
+
+#[test]
+fn who_waits_for_the_partition_comes_before_who_gives_it_up() {
+    let (partition, _) = partition(true);
+    let came = std::sync::atomic::AtomicBool::new(false);
+    for _ in 0..100 {
+        let held = partition.lock();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _held = partition.lock();
+                came.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            while !partition.is_awaited() {
+                assert!(std::time::Instant::now() < end, "whoever waits for the partition does not hold the turn");
+                std::thread::yield_now();
+            }
+            drop(held);
+            let _held = partition.lock();
+            assert!(came.swap(false, std::sync::atomic::Ordering::Relaxed), "overtaken by who had it before");
+        });
+    }
 }
