@@ -316,3 +316,13 @@ fn what_two_locks_guard_is_published_whole() {
         assert_eq!(scene.routes[0].msi().unwrap(), Some(msi(0x51)));
     });
 }
+
+#[test]
+fn a_route_told_two_things_at_once_is_as_one_of_them_said() {
+    tried(|| {
+        let scene = scene(1);
+        together([0x51, 0x52].map(|vector| scene.act(0, move |route| route.set_msi(msi(vector)).unwrap())));
+        scene.check();
+        assert!([0x51, 0x52].contains(&scene.routes[0].msi().unwrap().unwrap().vector()));
+    });
+}

@@ -685,6 +685,8 @@ fn an_eventfd_of_one_route_is_refused_for_another_until_the_first_is_closed() {
     let event = EventFd::new().unwrap();
     let fd = std::os::fd::AsRawFd::as_raw_fd(&event);
     let route = ours.new_route(Some(fd)).unwrap();
+    assert_eq!(route.fileno().unwrap(), std::os::fd::AsRawFd::as_raw_fd(&route.shared().event));
+    assert!(route.signal_may_block() && !ours.new_route(None).unwrap().signal_may_block());
     for other in [&ours, &theirs] {
         let refused = other.new_route(Some(fd)).unwrap_err().to_string();
         assert!(refused.contains("eventfd of the route of GSI 24"), "{refused}");
