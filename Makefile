@@ -12,7 +12,7 @@ SOAK_MSHV ?= 100x50
 FUZZ_SECONDS ?= 120
 FUZZ_TARGETS := msi fdinfo table operations
 
-.PHONY: help build-dev test soak interleavings fuzz sanitize memcheck lint lab demo wheel stubs format clean
+.PHONY: help build-dev test soak interleavings broken mutants fuzz sanitize memcheck lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -40,6 +40,13 @@ soak: build-dev ## Runs the model test at length on every backend, mshv in the l
 
 interleavings: ## Tries the core's locks in many orders of threads (INTERLEAVINGS=n of each kind, 2000 by default)
 	RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test --quiet --locked --lib interleavings
+
+broken: build-dev ## Breaks each rule on purpose, and demands that the named tests fail (BROKEN="NAME...", of tests/broken)
+	$(RUN) tools/break_rules.py $(BROKEN)
+
+mutants: ## Changes the core in hundreds of small ways and lists those that no Rust test notices (about an hour)
+	cargo mutants --version >/dev/null 2>&1 || cargo install --locked cargo-mutants
+	cargo mutants --jobs 1 --output target $(MUTANTS)
 
 # cargo-fuzz and the sanitizers ask for a nightly compiler's options, which the stable one has under this name.
 fuzz: export RUSTC_BOOTSTRAP := 1
