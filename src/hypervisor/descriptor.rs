@@ -114,11 +114,13 @@ mod tests {
     }
 
     #[test]
-    fn what_owns_a_number_that_was_closed_by_others_is_let_go_and_not_dropped() {
+    fn what_owns_a_number_that_means_nothing_or_another_file_is_let_go_and_not_dropped() {
         let open = std::fs::File::open("/dev/null").unwrap();
-        for (fd, expected) in [(open.as_raw_fd(), true), (-1, false)] {
+        for (fd, kind, expected) in
+            [(open.as_raw_fd(), "/dev/", true), (open.as_raw_fd(), "pipe:", false), (-1, "/dev/", false)]
+        {
             let dropped = std::cell::Cell::new(false);
-            drop_if_open(Owning(fd, &dropped));
+            drop_if_still(Owning(fd, &dropped), kind);
             assert_eq!(dropped.get(), expected);
         }
     }
