@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import backends
+import faults as faults_
 import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
+from faults import Faults
 from mshv_irqfd import KvmPartition, SimulatedPartition, open_partition
 from support import collect, native_threads, open_files, until
 
@@ -18,7 +20,16 @@ def need(name: str) -> None:
     """Skips where a backend is not to be had, and fails where it was asked for by name."""
     if name not in backends.selected():
         pytest.skip(f"{backends.SELECTION} leaves {name} out")
-    reason = backends.unavailable(name)
+    skip_or_fail(name, backends.unavailable(name))
+
+
+def need_faults(name: str) -> None:
+    """The same, where calls of a backend can't be made to fail."""
+    need(name)
+    skip_or_fail(name, None if name == "simulated" else faults_.unavailable())
+
+
+def skip_or_fail(name: str, reason: str | None) -> None:
     if reason is not None and backends.required(name):
         pytest.fail(f"{name} was asked for by {backends.SELECTION}: {reason}")
     if reason is not None:
@@ -47,6 +58,14 @@ def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backe
     """Each hypervisor in turn."""
     need(request.param)
     return Backend(request.param)
+
+
+@pytest.fixture
+def faults(backend: Backend) -> Iterator[Faults]:
+    """Calls of the backend that fail."""
+    need_faults(backend.name)
+    with faults_.of(backend.name) as faults:
+        yield faults
 
 
 @pytest.fixture
@@ -97,3 +116,9 @@ def kvm(_nothing_left_behind: None) -> Iterator[KvmGuest]:
     guest = KvmGuest(partition)
     yield guest
     guest.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many failures were tried."""
+    for (name, kind), number in sorted(faults_.tried.items()):
+        terminalreporter.write_line(f"{name}: {kind}: {number} times")
