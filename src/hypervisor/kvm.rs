@@ -1,5 +1,6 @@
 //! KVM with its in-kernel interrupt controllers, `/dev/kvm`.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fmt;
 use std::io;
@@ -48,6 +49,8 @@ const ENABLED: u32 = 0x1FF;
 pub struct KvmPartition {
     vm: Option<VmFd>,
     vcpus: Arc<KvmVcpus>,
+    /// vCPUs whose local APIC could not be turned on, by index. A vCPU ends with its VM only and can't be made twice.
+    unfinished: BTreeMap<u8, VcpuFd>,
     table: Table<kvm_irq_routing_entry>,
     has_pins: bool,
 }
@@ -77,7 +80,13 @@ impl KvmPartition {
         let kvm = open_device(device)?;
         let vm = kvm.create_vm().map_err(|error| failed(Operation::Open, "KVM_CREATE_VM", error))?;
         vm.create_irq_chip().map_err(|error| failed(Operation::Open, "KVM_CREATE_IRQCHIP", error))?;
-        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&pins()), has_pins: true })
+        Ok(Self {
+            vm: Some(vm),
+            vcpus: Arc::default(),
+            unfinished: BTreeMap::new(),
+            table: Table::new(&pins()),
+            has_pins: true,
+        })
     }
 
     /// Stands on a duplicate of a VM's descriptor. `keep` stays in every table pushed, and so do the pins of
@@ -93,7 +102,13 @@ impl KvmPartition {
         let has_pins = has_irqchip(&vm)?;
         let mut fixed = if has_pins { pins() } else { Vec::new() };
         fixed.extend(keep.iter().map(|(gsi, msi)| msi_entry(*gsi, *msi)));
-        Ok(Self { vm: Some(vm), vcpus: Arc::default(), table: Table::new(&fixed), has_pins })
+        Ok(Self {
+            vm: Some(vm),
+            vcpus: Arc::default(),
+            unfinished: BTreeMap::new(),
+            table: Table::new(&fixed),
+            has_pins,
+        })
     }
 
     /// The virtual CPUs made here, to see what arrived.
@@ -177,6 +192,14 @@ pub(super) fn wide_msi_entry(gsi: u32, address: u64, data: u32) -> kvm_irq_routi
     kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
 }
 
+/// Turns a vCPU's local APIC on, as a guest does first.
+fn enable_lapic(vcpu: &VcpuFd) -> CallResult {
+    let failed = |call| move |error| failed(Operation::CreateVp, call, error);
+    let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+    set_register(&mut lapic, SPURIOUS_VECTOR, ENABLED);
+    vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))
+}
+
 impl Hypervisor for KvmPartition {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
         self.table.set(gsi, msi_entry(gsi, msi));
@@ -209,13 +232,21 @@ impl Hypervisor for KvmPartition {
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {
-        let failed = |call| move |error| failed(Operation::CreateVp, call, error);
-        let vm = self.vm(Operation::CreateVp, "KVM_CREATE_VCPU")?;
-        let vcpu = vm.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))?;
-        let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-        set_register(&mut lapic, SPURIOUS_VECTOR, ENABLED);
-        vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))?;
-        self.vcpus.lock().push(vcpu);
+        const CALL: &str = "KVM_CREATE_VCPU";
+        let vcpu = match self.unfinished.remove(&index) {
+            Some(vcpu) => vcpu,
+            None => {
+                let vm = self.vm(Operation::CreateVp, CALL)?;
+                vm.create_vcpu(index.into()).map_err(|error| failed(Operation::CreateVp, CALL, error))?
+            }
+        };
+        match enable_lapic(&vcpu) {
+            Ok(()) => self.vcpus.lock().push(vcpu),
+            Err(error) => {
+                self.unfinished.insert(index, vcpu);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -243,6 +274,8 @@ impl fmt::Debug for KvmPartition {
 
 impl Drop for KvmPartition {
     fn drop(&mut self) {
+        let unfinished = std::mem::take(&mut self.unfinished).into_values();
+        unfinished.for_each(|vcpu| descriptor::drop_if_still(vcpu, VCPU_LINK));
         self.vm.take().into_iter().for_each(|vm| descriptor::drop_if_still(vm, LINK));
     }
 }
