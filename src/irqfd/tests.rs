@@ -542,47 +542,95 @@ fn a_call_that_fails_once_leaves_everything_as_it_was() {
     }
 }
 
+/// Tries every set of calls that can fail: none, and after each failure any of the calls that are still made. `attempt`
+/// lets the calls of these numbers fail and says how many were made in all. Returns how many sets of one failure, of two,
+/// ... there were.
+fn every_failure(attempt: &mut impl FnMut(&[usize]) -> usize) -> Vec<usize> {
+    fn explore(failing: &mut Vec<usize>, attempt: &mut impl FnMut(&[usize]) -> usize, tried: &mut Vec<usize>) {
+        let made = attempt(failing);
+        for next in failing.last().map_or(0, |last| last + 1)..made {
+            failing.push(next);
+            tried.resize(tried.len().max(failing.len()), 0);
+            tried[failing.len() - 1] += 1;
+            explore(failing, attempt, tried);
+            failing.pop();
+        }
+    }
+    let mut tried = Vec::new();
+    explore(&mut Vec::new(), attempt, &mut tried);
+    tried
+}
+
 #[test]
 fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
     let mut broken = 0;
     for quiesce in [false, true] {
         for (name, operate) in OPERATIONS {
-            for first in 0..number_of_calls(quiesce, operate) {
-                // Any one or two calls of the way back.
-                for (second, third) in (1..12).flat_map(|second| (0..6).map(move |third| (second, third))) {
-                    let failing = [first, first + second, first + second + third];
-                    let context = format!("{name}, quiesce={quiesce}, calls {failing:?} fail");
-                    let (partition, recorder, routes) = scene(quiesce);
-                    let before = seen(&routes);
-                    recorder.fail(failing);
-                    let Err(Error::Failed(failure)) = operate(&partition, &routes) else {
-                        panic!("{context}: no failure");
-                    };
-                    recorder.fail([]);
-                    check_rules(&partition, &recorder, &routes, &context);
-                    for (route, before) in routes.iter().zip(before) {
-                        let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
-                        let (state_before, masked_before, msi_before) = before.unwrap();
-                        assert_eq!((masked, msi), (masked_before, msi_before), "{context}: intent is kept");
-                        let said = failure.broken.contains(&route.gsi());
-                        assert_eq!(state == GsiState::Broken, said, "{context}: GSI {}", route.gsi());
-                        if state != state_before && !said {
-                            assert!(failure.disarmed.contains(&route.gsi()), "{context}: GSI {}", route.gsi());
-                        }
+            let tried = every_failure(&mut |failing| {
+                let context = format!("{name}, quiesce={quiesce}, calls {failing:?} fail");
+                let (partition, recorder, routes) = scene(quiesce);
+                let before = seen(&routes);
+                recorder.fail(failing.iter().copied());
+                let result = operate(&partition, &routes);
+                let made = recorder.taken().len();
+                recorder.fail([]);
+                check_rules(&partition, &recorder, &routes, &context);
+                let failure = match result {
+                    Err(Error::Failed(failure)) => failure,
+                    Ok(()) if failing.is_empty() => return made,
+                    _ => panic!("{context}: {result:?}"),
+                };
+                for (route, before) in routes.iter().zip(before) {
+                    let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
+                    let (state_before, masked_before, msi_before) = before.unwrap();
+                    assert_eq!((masked, msi), (masked_before, msi_before), "{context}: intent is kept");
+                    let said = failure.broken.contains(&route.gsi());
+                    assert_eq!(state == GsiState::Broken, said, "{context}: GSI {}", route.gsi());
+                    if state != state_before && !said {
+                        assert!(failure.disarmed.contains(&route.gsi()), "{context}: GSI {}", route.gsi());
                     }
-                    broken += failure.broken.len();
-                    everything_works(&partition, &recorder, &routes, &context);
-                    let set_aside = failure.broken;
-                    drop(routes);
-                    assert!(set_aside.iter().all(|gsi| partition.gsi_state(*gsi).unwrap() == GsiState::Broken));
-                    let again: Vec<_> = std::iter::from_fn(|| partition.new_route(None).ok()).collect();
-                    assert_eq!(again.len(), 8 - set_aside.len(), "{context}");
-                    assert!(again.iter().all(|route| !set_aside.contains(&route.gsi())), "{context}");
                 }
-            }
+                broken += failure.broken.len();
+                everything_works(&partition, &recorder, &routes, &context);
+                what_is_broken_is_set_aside(&partition, routes, &failure.broken, &context);
+                partition.close().unwrap_or_else(|error| panic!("{context}: {error}"));
+                assert!(recorder.kernel().armed.is_empty(), "{context}: closing leaves nothing armed");
+                made
+            });
+            assert_eq!(tried.first().copied().unwrap_or(0), number_of_calls(quiesce, operate));
+            println!("{name}, quiesce={quiesce}: sets of one, two, ... calls that failed: {tried:?}");
         }
     }
     assert!(broken > 0, "no route was broken: the test shows nothing");
+}
+
+/// Shows that GSIs of broken routes are not handed out again, and that all others are.
+fn what_is_broken_is_set_aside(partition: &Arc<Partition>, routes: Vec<IrqFdRoute>, broken: &[u32], context: &str) {
+    drop(routes);
+    assert!(broken.iter().all(|gsi| partition.gsi_state(*gsi).unwrap() == GsiState::Broken), "{context}");
+    let again: Vec<_> = std::iter::from_fn(|| partition.new_route(None).ok()).collect();
+    assert_eq!(again.len(), 8 - broken.len(), "{context}");
+    assert!(again.iter().all(|route| !broken.contains(&route.gsi())), "{context}");
+}
+
+#[test]
+fn closing_leaves_armed_only_what_the_kernel_refused_to_disarm_twice() {
+    for quiesce in [false, true] {
+        let tried = every_failure(&mut |failing| {
+            let context = format!("quiesce={quiesce}, calls {failing:?} fail");
+            let (partition, recorder, routes) = scene(quiesce);
+            recorder.fail(failing.iter().copied());
+            assert_eq!(partition.close().is_err(), !failing.is_empty(), "{context}");
+            assert!(routes.iter().all(IrqFdRoute::is_closed), "{context}");
+            let calls = recorder.taken();
+            let tries = |gsi| calls.iter().filter(|call| **call == Deassign(gsi)).count();
+            assert!(recorder.kernel().armed.iter().all(|gsi| tries(*gsi) == 2), "{context}: {calls:?}");
+            assert_eq!(recorder.kernel().violations, Vec::<String>::new(), "{context}");
+            calls.len()
+        });
+        assert_eq!(tried[0], 2, "two routes are armed");
+        println!("close the partition, quiesce={quiesce}: sets of one, two, ... calls that failed: {tried:?}");
+    }
 }
 
 #[test]
