@@ -89,11 +89,14 @@ class Due:
 class Partition:
     """A partition as it should be."""
 
-    def __init__(self, gsis: Iterable[int], vps: Iterable[int], keep: dict[int, MsiRoute]) -> None:
+    def __init__(self, gsis: Iterable[int], vps: Iterable[int], keep: dict[int, MsiRoute], *, any_vp: bool) -> None:
         self.vps = set(vps)
+        self.any_vp = any_vp
+        """Whether nobody asks if there is a VP."""
         self.keep = keep
         self.free = set(gsis)
-        self.broken: set[int] = set()
+        self.broken: dict[int, set[MsiRoute]] = {}
+        """The GSIs that are never handed out again, and what may come from them."""
         self.routes: dict[int, Route] = {}
         self.stuck: list[Route] = []
         """Closed routes whose irqfds may still be there."""
@@ -147,10 +150,8 @@ class Partition:
     # What is asked
 
     def lacks_vp(self, changes: list[Change]) -> bool:
-        return any(
-            change.needed and change.wanted is not None and change.wanted.destination not in self.vps
-            for change in changes
-        )
+        wanted = [change.wanted for change in changes if change.needed and change.wanted is not None]
+        return not self.any_vp and any(not msi.logical and msi.destination not in self.vps for msi in wanted)
 
     def open_route(self, event: Event) -> Route:
         """The lowest GSI that is free."""
@@ -210,4 +211,4 @@ class Partition:
     def give_up(self, route: Route) -> None:
         """Its GSI is never handed out again."""
         route.broken = True
-        self.broken.add(route.gsi)
+        self.broken[route.gsi] = route.asked
