@@ -8,6 +8,9 @@ RUN := $(BIN)/python
 SOAK_SIMULATED ?= 2000x50
 SOAK_KVM ?= 500x50
 SOAK_MSHV ?= 100x50
+SOAKED := tests/test_model.py tests/test_rollback.py tests/test_races.py
+# Random walks of the Rust core (PROPTEST_CASES is proptest's own name).
+SOAK_WALKS ?= 100000
 # Seconds that each fuzz target runs.
 FUZZ_SECONDS ?= 120
 FUZZ_TARGETS := msi fdinfo table operations
@@ -30,13 +33,16 @@ test: build-dev ## Runs every test: Rust's, then Python's on every backend that 
 	cargo test --quiet --locked
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-soak: build-dev ## Runs the model test at length on every backend, mshv in the lab, and prints how much was tried
-	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated tests/test_model.py
-	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" tests/test_model.py
+soak: build-dev ## Runs the model and every failure at length on every backend and in Rust, and prints how much was tried
+	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated tests/test_model.py tests/test_rollback.py
+	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" tests/test_model.py tests/test_rollback.py
 	lab/build
-	MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler core --timeout 3600 \
-		--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_MODEL -- \
-		$(RUN) -m pytest -p no:cacheprovider -rP -k mshv tests/test_model.py tests/test_races.py
+	for scheduler in core root; do \
+		MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler $$scheduler --timeout 3600 \
+			--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_MODEL -- \
+			$(RUN) -m pytest -p no:cacheprovider -rP -k mshv $(SOAKED) || exit 1; \
+	done
+	PROPTEST_CASES=$(SOAK_WALKS) cargo test --release --quiet --locked --lib irqfd::tests -- --nocapture
 
 interleavings: ## Tries the core's locks in many orders of threads (INTERLEAVINGS=n of each kind, 2000 by default)
 	RUSTFLAGS="--cfg shuttle" CARGO_TARGET_DIR=target/shuttle cargo test --quiet --locked --lib interleavings
