@@ -7,7 +7,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::*;
-use crate::hypervisor::event::{EventFd, Holder};
+use crate::hypervisor::event::{self, EventFd, Holder};
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ struct Kernel {
     image: BTreeMap<u32, RawMsi>,
     table: BTreeMap<u32, RawMsi>,
     armed: BTreeSet<u32>,
+    /// How many interrupts were raised, by GSI.
+    raised: BTreeMap<u32, usize>,
     calls: Vec<Call>,
     /// Which calls fail, counted from the next.
     failing: BTreeSet<usize>,
@@ -49,6 +51,10 @@ impl Kernel {
             return Err(CallError::new(operation, "recorded call", libc::ENOMEM));
         }
         Ok(())
+    }
+
+    fn raise(&mut self, gsi: u32) {
+        *self.raised.entry(gsi).or_default() += 1;
     }
 
     fn check(&mut self, fine: bool, rule: &str) {
@@ -100,7 +106,7 @@ impl Hypervisor for Recorder {
         Ok(kernel.table.len())
     }
 
-    fn assign(&mut self, gsi: u32, _: &dyn Holder) -> CallResult {
+    fn assign(&mut self, gsi: u32, holder: &dyn Holder) -> CallResult {
         let mut kernel = self.kernel();
         let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.armed.contains(&gsi));
         kernel.check(routed, "armed implies routed");
@@ -108,10 +114,13 @@ impl Hypervisor for Recorder {
         kernel.call(Operation::AssignIrqfd, Assign(gsi))?;
         kernel.armed.insert(gsi);
         kernel.undrained += 1;
+        if holder.event().is_readable().unwrap() {
+            kernel.raise(gsi);
+        }
         Ok(())
     }
 
-    fn deassign(&mut self, gsi: u32, _: &EventFd) -> CallResult {
+    fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         let mut kernel = self.kernel();
         let armed = kernel.armed.contains(&gsi);
         kernel.check(armed, "what is disarmed was armed");
@@ -121,6 +130,8 @@ impl Hypervisor for Recorder {
         }
         let result = kernel.call(Operation::DeassignIrqfd, Deassign(gsi));
         if result.is_ok() {
+            // What arming left in the counter goes with the irqfd.
+            event.consume().unwrap();
             kernel.armed.remove(&gsi);
             kernel.stuck.remove(&gsi);
         } else {
@@ -132,7 +143,11 @@ impl Hypervisor for Recorder {
     fn drain(&mut self, events: &[&EventFd]) -> Vec<(usize, CallError)> {
         let failed = |place| (place, CallError::new(Operation::Event, "recorded drain", libc::EIO));
         self.kernel().undrained -= events.len();
-        if self.kernel().drain_fails { (0..events.len()).map(failed).collect() } else { Vec::new() }
+        if self.kernel().drain_fails {
+            return (0..events.len()).map(failed).collect();
+        }
+        assert!(event::drain(events).is_empty());
+        Vec::new()
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {

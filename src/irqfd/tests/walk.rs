@@ -2,14 +2,19 @@
 //!
 //! `PROPTEST_CASES` sets the number of walks.
 
+use std::cell::Cell;
+use std::time::Instant;
+
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use super::*;
 
 #[derive(Clone, Copy, Debug)]
 enum Edit {
-    Set(u8),
+    /// To a vector of a VP.
+    Set(u8, u8),
     Clear,
     Mask,
     Unmask,
@@ -22,6 +27,9 @@ enum Deed {
     Close(usize),
     Change(usize, Edit),
     Commit(Vec<(usize, Edit)>),
+    CreateVp(u8),
+    Signal(usize),
+    Consume(usize),
 }
 
 #[derive(Clone, Debug)]
@@ -34,21 +42,25 @@ struct Step {
 
 fn edits() -> impl Strategy<Value = Edit> {
     prop_oneof![
-        3 => (0x20..0x24u8).prop_map(Edit::Set),
-        1 => Just(Edit::Clear),
-        1 => Just(Edit::Mask),
-        2 => Just(Edit::Unmask),
+        12 => (0x20..0x24u8).prop_map(|vector| Edit::Set(vector, 0)),
+        1 => (0x20..0x24u8, 1..3u8).prop_map(|(vector, vp)| Edit::Set(vector, vp)),
+        4 => Just(Edit::Clear),
+        4 => Just(Edit::Mask),
+        8 => Just(Edit::Unmask),
     ]
 }
 
 fn steps() -> impl Strategy<Value = Step> {
     let deed = prop_oneof![
-        2 => Just(Deed::New),
-        1 => (0..8usize).prop_map(Deed::Close),
-        5 => (0..8usize, edits()).prop_map(|(at, edit)| Deed::Change(at, edit)),
-        4 => vec((0..8usize, edits()), 0..8).prop_map(Deed::Commit),
+        4 => Just(Deed::New),
+        2 => (0..8usize).prop_map(Deed::Close),
+        10 => (0..8usize, edits()).prop_map(|(at, edit)| Deed::Change(at, edit)),
+        8 => vec((0..8usize, edits()), 0..8).prop_map(Deed::Commit),
+        1 => (1..3u8).prop_map(Deed::CreateVp),
+        8 => (0..8usize).prop_map(Deed::Signal),
+        1 => (0..8usize).prop_map(Deed::Consume),
     ];
-    let failing = prop_oneof![2 => Just(BTreeSet::new()), 1 => btree_set(0..9usize, 1..5)];
+    let failing = prop_oneof![Just(BTreeSet::new()), btree_set(0..7usize, 1..5)];
     (deed, failing, prop::bool::weighted(0.03)).prop_map(|(deed, failing, drain_fails)| Step {
         deed,
         failing,
@@ -61,12 +73,18 @@ struct Asked {
     route: IrqFdRoute,
     masked: bool,
     msi: Option<MsiRoute>,
+    /// Whether a signal came that has not become an interrupt yet.
+    waiting: bool,
+}
+
+fn to_vp(vector: u8, vp: u8) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000 | u64::from(vp) << 12, vector.into()).unwrap()
 }
 
 impl Asked {
     fn edit(&mut self, edit: Edit) {
         match edit {
-            Edit::Set(vector) => self.msi = Some(msi(vector)),
+            Edit::Set(vector, vp) => self.msi = Some(to_vp(vector, vp)),
             Edit::Clear => self.msi = None,
             Edit::Mask => self.masked = true,
             Edit::Unmask => self.masked = false,
@@ -82,6 +100,7 @@ struct Walk {
     partition: Arc<Partition>,
     recorder: Recorder,
     routes: Vec<Asked>,
+    vps: BTreeSet<u8>,
     broken: BTreeSet<u32>,
     /// Routes that should be armed and could not be armed again.
     lapsed: BTreeSet<u32>,
@@ -90,7 +109,14 @@ struct Walk {
 impl Walk {
     fn new(quiesce: bool) -> Self {
         let (partition, recorder) = partition(quiesce);
-        Self { partition, recorder, routes: Vec::new(), broken: BTreeSet::new(), lapsed: BTreeSet::new() }
+        Self {
+            partition,
+            recorder,
+            routes: Vec::new(),
+            vps: BTreeSet::from([0]),
+            broken: BTreeSet::new(),
+            lapsed: BTreeSet::new(),
+        }
     }
 
     fn states(&self) -> BTreeMap<u32, GsiState> {
@@ -107,6 +133,9 @@ impl Walk {
             Deed::Close(at) => (self.close(*at), Vec::new()),
             Deed::Change(at, edit) => self.commit(&[(*at, *edit)], false),
             Deed::Commit(edits) => self.commit(edits, true),
+            Deed::CreateVp(index) => (self.create_vp(*index), Vec::new()),
+            Deed::Signal(at) => (self.signal(*at), Vec::new()),
+            Deed::Consume(at) => (self.consume(*at), Vec::new()),
         };
         let made = self.recorder.taken();
         let struck = step.failing.len() - self.recorder.kernel().failing.len();
@@ -130,6 +159,10 @@ impl Walk {
                 self.lapsed.extend(&failure.disarmed);
             }
             Err(Error::Broken(gsi)) => assert!(self.broken.contains(&gsi)),
+            Err(Error::MissingVp { gsi, destination, .. }) => {
+                assert!(!self.vps.contains(&destination) && touched.contains(&gsi));
+                assert_eq!(made, [], "refused before any call");
+            }
             Err(Error::Exhausted(_)) => {
                 assert_eq!(
                     self.routes.iter().filter(|asked| !self.is_broken(asked)).count() + self.broken.len(),
@@ -152,8 +185,52 @@ impl Walk {
         let taken: BTreeSet<_> = self.routes.iter().map(|asked| asked.route.gsi()).collect();
         let lowest = (24..32).find(|gsi| !taken.contains(gsi) && !self.broken.contains(gsi));
         assert_eq!(Some(gsi), lowest, "the lowest free GSI");
-        self.routes.push(Asked { route, masked: false, msi: None });
+        self.routes.push(Asked { route, masked: false, msi: None, waiting: false });
         Ok(())
+    }
+
+    fn create_vp(&mut self, index: u8) -> Result {
+        if !self.vps.contains(&index) {
+            self.partition.create_vp(index)?;
+            self.vps.insert(index);
+        }
+        Ok(())
+    }
+
+    /// Signals a route as its device does: the kernel takes it if the irqfd is there.
+    fn signal(&mut self, at: usize) -> Result {
+        let len = self.routes.len();
+        let Some(asked) = self.routes.get_mut(at % len.max(1)) else { return Ok(()) };
+        asked.waiting = true;
+        let mut kernel = self.recorder.kernel();
+        if kernel.armed.contains(&asked.route.gsi()) {
+            kernel.raise(asked.route.gsi());
+        } else {
+            drop(kernel);
+            asked.route.signal(1)?;
+        }
+        Ok(())
+    }
+
+    fn consume(&mut self, at: usize) -> Result {
+        let len = self.routes.len();
+        let Some(asked) = self.routes.get_mut(at % len.max(1)) else { return Ok(()) };
+        assert_eq!(asked.route.consume_pending()?, asked.waiting);
+        asked.waiting = false;
+        Ok(())
+    }
+
+    /// Each signal is pending still or has become one interrupt, and none came from nowhere.
+    fn check_signals(&mut self) {
+        let mut raised = std::mem::take(&mut self.recorder.kernel().raised);
+        for asked in &mut self.routes {
+            let gsi = asked.route.gsi();
+            let came = raised.remove(&gsi).unwrap_or(0);
+            let pending = asked.route.pending().unwrap();
+            assert_eq!(came + usize::from(pending), usize::from(asked.waiting), "GSI {gsi}");
+            asked.waiting = pending;
+        }
+        assert_eq!(raised, BTreeMap::new(), "of routes that are not there");
     }
 
     fn close(&mut self, at: usize) -> Result {
@@ -190,7 +267,7 @@ impl Walk {
             for (number, edit) in edits {
                 let route = &self.routes[at(*number)].route;
                 match edit {
-                    Edit::Set(vector) => batch.set_msi(route, msi(*vector)),
+                    Edit::Set(vector, vp) => batch.set_msi(route, to_vp(*vector, *vp)),
                     Edit::Clear => batch.clear_msi(route),
                     Edit::Mask => batch.mask(route),
                     Edit::Unmask => batch.unmask(route),
@@ -201,7 +278,7 @@ impl Walk {
             let (number, edit) = edits[0];
             let route = &self.routes[at(number)].route;
             match edit {
-                Edit::Set(vector) => route.set_msi(msi(vector)),
+                Edit::Set(vector, vp) => route.set_msi(to_vp(vector, vp)),
                 Edit::Clear => route.clear_msi(),
                 Edit::Mask => route.mask(),
                 Edit::Unmask => route.unmask(),
@@ -218,6 +295,7 @@ impl Walk {
     }
 
     fn check(&mut self) {
+        self.check_signals();
         for asked in &self.routes {
             let gsi = asked.route.gsi();
             let state = asked.route.state().unwrap();
@@ -230,6 +308,8 @@ impl Walk {
             if state != GsiState::Broken {
                 let armed = asked.should_be_armed() && !self.lapsed.contains(&gsi);
                 assert_eq!(state == GsiState::Enabled, armed, "GSI {gsi}");
+                let destination = asked.msi.map_or(0, |msi| msi.target().destination);
+                assert!(!armed || self.vps.contains(&destination), "GSI {gsi} is armed for a VP that is not there");
             }
         }
         for gsi in &self.broken {
@@ -250,17 +330,31 @@ impl Walk {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
-    #[test]
-    fn any_walk_with_any_failures_keeps_the_rules(quiesce: bool, steps in vec(steps(), 1..60)) {
+#[test]
+fn any_walk_with_any_failures_keeps_the_rules() {
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    let (walks, made, failed, began) = (Cell::new(0), Cell::new(0), Cell::new(0), Instant::now());
+    let any = (any::<bool>(), vec(steps(), 1..60));
+    let result = TestRunner::new(config).run(&any, |(quiesce, steps)| {
         let mut walk = Walk::new(quiesce);
         for step in &steps {
             walk.step(step);
         }
+        walks.set(walks.get() + 1);
+        made.set(made.get() + steps.len());
+        failed.set(failed.get() + walk.partition.stats().unwrap().failures);
         // What could not be disarmed so far goes with the partition.
         walk.recorder.fail([]);
         walk.partition.close().unwrap();
         prop_assert!(walk.recorder.kernel().armed.is_empty());
-    }
+        Ok(())
+    });
+    println!(
+        "{} walks, {} steps, {} calls failed, {:.1} s",
+        walks.get(),
+        made.get(),
+        failed.get(),
+        began.elapsed().as_secs_f64()
+    );
+    result.unwrap_or_else(|error| panic!("{error}"));
 }
