@@ -228,6 +228,8 @@ impl Walk {
             let came = raised.remove(&gsi).unwrap_or(0);
             let pending = asked.route.pending().unwrap();
             assert_eq!(came + usize::from(pending), usize::from(asked.waiting), "GSI {gsi}");
+            let left = asked.route.armed().unwrap() && asked.route.shared().event().is_readable().unwrap();
+            assert!(!left, "GSI {gsi} is armed, and its counter is not empty");
             asked.waiting = pending;
         }
         assert_eq!(raised, BTreeMap::new(), "of routes that are not there");
