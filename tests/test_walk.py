@@ -118,10 +118,13 @@ class Signals(Counter[int]):
     def __init__(self) -> None:
         super().__init__()
         self.budget = threading.Semaphore(0)
+        self.room = threading.Semaphore(2 * BURST)
 
     def more(self) -> None:
-        """Lets more signals come, which overlap what is done next."""
-        self.budget.release(BURST)
+        """Lets more signals come, which overlap what is done next. Waits for those that are far behind."""
+        for _ in range(BURST):
+            self.room.acquire()
+            self.budget.release()
 
 
 @contextmanager
@@ -138,6 +141,7 @@ def signalling(walk: Walk) -> Iterator[Signals]:
         try:
             while not stop.is_set():
                 signals.budget.acquire()
+                signals.room.release()
                 number = chance.randrange(ROUTES)
                 route = walk.routes[number]
                 try:
@@ -148,6 +152,8 @@ def signalling(walk: Walk) -> Iterator[Signals]:
                     mine[number] += 1
         except BaseException as error:
             failures.append(error)
+            # Nobody is to wait for this one.
+            signals.room.release(OPERATIONS * BURST)
         with lock:
             signals.update(mine)
 
