@@ -14,8 +14,10 @@ SOAK_WALKS ?= 100000
 # Seconds that each fuzz target runs.
 FUZZ_SECONDS ?= 120
 FUZZ_TARGETS := msi fdinfo table operations
+# In how many threads each test runs at once.
+PARALLEL_THREADS ?= 4
 
-.PHONY: help build-dev test soak interleavings broken mutants fuzz sanitize memcheck lint lab demo wheel stubs format clean
+.PHONY: help build-dev test parallel soak interleavings broken mutants fuzz sanitize memcheck lint lab demo wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -32,6 +34,10 @@ build-dev: $(VENV)/ready ## Builds the package into the virtual environment, for
 test: build-dev ## Runs every test: Rust's, then Python's on every backend that this machine has
 	cargo test --quiet --locked
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# What threads would not share runs in `make test`. The races have threads of their own: once each is enough beside others.
+parallel: build-dev ## Runs each Python test in several threads at once (PARALLEL_THREADS)
+	MSHV_IRQFD_RACES=$${MSHV_IRQFD_RACES:-1} $(RUN) -m pytest --parallel-threads=$(PARALLEL_THREADS) --skip-thread-unsafe=True $(PYTEST_ARGS)
 
 soak: build-dev ## Runs the model and every failure at length on every backend and in Rust, and prints how much was tried
 	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated tests/test_model.py tests/test_rollback.py

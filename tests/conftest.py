@@ -1,8 +1,15 @@
-"""Fixtures: guests of each hypervisor, and a watch over what a test leaves behind."""
+"""Fixtures: guests of each hypervisor, and a watch over what a test leaves behind.
+
+Under `--parallel-threads` (`make parallel`) every test runs in several threads at once. Fixtures are made once for a
+test, so what threads must not share is made by `for_each_thread`: a thread then finds one of its own in the argument.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from contextlib import ExitStack
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import backends
 import faults as faults_
@@ -14,6 +21,34 @@ from support import collect, native_threads, open_files, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
+
+
+class Shares:
+    """One thing for each call of a test, until each call has taken its own."""
+
+    def __init__(self, things: list[Any]) -> None:
+        self.take = things.pop
+
+
+def handing_out(test: Any) -> Any:
+    """A test function whose every call takes its shares of the arguments."""
+    shares = Shares
+
+    def call(**arguments: Any) -> None:
+        test(**{name: it.take() if isinstance(it, shares) else it for name, it in arguments.items()})
+
+    # pytest-run-parallel looks for calls that are not safe, by the globals of what it runs: they are to be the test's.
+    seen = FunctionType(call.__code__, test.__globals__, closure=call.__closure__)
+    return functools.update_wrapper(seen, test)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if str(config.getoption("parallel_threads")) != "1":
+        for item in items:
+            if isinstance(item, pytest.Function):
+                item.obj = handing_out(item.obj)
 
 
 def need(name: str) -> None:
@@ -53,6 +88,24 @@ def _nothing_left_behind() -> Iterator[None]:
     assert left() == []
 
 
+@pytest.fixture
+def for_each_thread(
+    num_parallel_threads: int, num_iterations: int, _nothing_left_behind: None
+) -> Iterator[Callable[..., Any]]:
+    """Makes one thing for each thread that runs the test, and closes them after it."""
+    with ExitStack() as stack:
+
+        def make(one: Callable[[], T], close: Callable[[T], object] | None = None) -> T:
+            things = []
+            for _ in range(num_parallel_threads * num_iterations):
+                things.append(one())
+                if close:
+                    stack.callback(close, things[-1])
+            return things[0] if len(things) == 1 else cast("T", Shares(things))
+
+        yield make
+
+
 @pytest.fixture(params=backends.selected())
 def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backend:
     """Each hypervisor in turn."""
@@ -61,11 +114,10 @@ def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backe
 
 
 @pytest.fixture
-def faults(backend: Backend) -> Iterator[Faults]:
+def faults(backend: Backend, for_each_thread: Callable[..., Faults]) -> Faults:
     """Calls of the backend that fail."""
     need_faults(backend.name)
-    with faults_.of(backend.name) as faults:
-        yield faults
+    return for_each_thread(lambda: faults_.of(backend.name), Faults.close)
 
 
 @pytest.fixture
@@ -82,9 +134,9 @@ def open_guest(backend: Backend) -> Iterator[Callable[..., Guest]]:
 
 
 @pytest.fixture
-def guest(open_guest: Callable[..., Guest]) -> Guest:
+def guest(open_guest: Callable[..., Guest], for_each_thread: Callable[..., Guest]) -> Guest:
     """A partition as it comes, with its one VP."""
-    return open_guest()
+    return for_each_thread(open_guest)
 
 
 @pytest.fixture
@@ -103,19 +155,23 @@ def open_simulated(_nothing_left_behind: None) -> Iterator[Callable[..., Simulat
 
 
 @pytest.fixture
-def simulated(open_simulated: Callable[..., SimulatedGuest]) -> SimulatedGuest:
-    return open_simulated()
+def simulated(
+    open_simulated: Callable[..., SimulatedGuest], for_each_thread: Callable[..., SimulatedGuest]
+) -> SimulatedGuest:
+    return for_each_thread(open_simulated)
 
 
 @pytest.fixture
-def kvm(_nothing_left_behind: None) -> Iterator[KvmGuest]:
+def kvm(for_each_thread: Callable[..., KvmGuest]) -> KvmGuest:
     """A VM of KVM, for what is KVM's alone."""
     need("kvm")
-    partition = open_partition("kvm")
-    assert isinstance(partition, KvmPartition)
-    guest = KvmGuest(partition)
-    yield guest
-    guest.close()
+
+    def open_one() -> KvmGuest:
+        partition = open_partition("kvm")
+        assert isinstance(partition, KvmPartition)
+        return KvmGuest(partition)
+
+    return for_each_thread(open_one, KvmGuest.close)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

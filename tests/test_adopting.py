@@ -21,10 +21,10 @@ from mshv_irqfd import (
     RoutingEntry,
     open_partition,
 )
-from support import in_child, msi
+from support import close_behind_its_back, in_child, msi
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 KVM_CREATE_VM, KVM_CREATE_IRQCHIP, KVM_CREATE_VCPU = 0xAE01, 0xAE60, 0xAE41
 KVM_SET_GSI_ROUTING, KVM_IRQ_ROUTING_MSI = 0x4008AE6A, 2
@@ -84,18 +84,14 @@ class KvmVm:
 
 
 @pytest.fixture
-def vm(_nothing_left_behind: None) -> Iterator[KvmVm]:
+def vm(for_each_thread: Callable[..., KvmVm]) -> KvmVm:
     need("kvm")
-    vm = KvmVm()
-    yield vm
-    vm.close()
+    return for_each_thread(KvmVm, KvmVm.close)
 
 
 @pytest.fixture
-def event() -> Iterator[int]:
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    yield fd
-    os.close(fd)
+def event(for_each_thread: Callable[..., int]) -> int:
+    return for_each_thread(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.close)
 
 
 def test_an_adopted_vm_takes_the_interrupts_of_our_routes(vm: KvmVm) -> None:
@@ -297,7 +293,7 @@ def test_what_is_no_descriptor_or_backend_is_refused(fd: Any, name: Any, error: 
 
 def test_a_closed_descriptor_is_refused() -> None:
     fd = os.eventfd(0)
-    os.close(fd)
+    close_behind_its_back(fd)
     with pytest.raises(ValueError, match=f"file descriptor {fd} "):
         Partition.from_fd(fd, "kvm")
 
@@ -315,14 +311,17 @@ KVM_ENABLE_CAP, KVM_CAP_SPLIT_IRQCHIP = 0x4068AEA3, 121
 
 
 @pytest.fixture
-def bare_vm() -> Iterator[int]:
+def bare_vm(for_each_thread: Callable[..., int]) -> int:
     """A VM of KVM that has no interrupt controller yet."""
     need("kvm")
-    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-    os.close(kvm)
-    yield vm
-    os.close(vm)
+
+    def create() -> int:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
+        os.close(kvm)
+        return vm
+
+    return for_each_thread(create, os.close)
 
 
 def test_the_pins_of_an_adopted_vm_still_raise_interrupts_after_a_push(vm: KvmVm) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import pickle
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from mshv_irqfd import (
     RoutingError,
     VpError,
 )
-from support import msi, run_python, still_works
+from support import close_behind_its_back, msi, run_python, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +102,7 @@ def test_failures_are_counted(simulated: SimulatedGuest) -> None:
 
 def test_an_eventfd_closed_behind_our_back_gives_ebadf_and_the_rest_works(guest: Guest) -> None:
     route = guest.partition.new_irqfd_route()
-    os.close(route.fileno())
+    close_behind_its_back(route.fileno())
     uses: tuple[Callable[[], object], ...] = (
         lambda: route.set_msi(msi(0x41)),
         route.signal,
@@ -138,7 +137,7 @@ def test_an_armed_eventfd_closed_behind_our_back_spoils_nothing_else(guest: Gues
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     other.set_msi(msi(0x42))
-    os.close(route.fileno())
+    close_behind_its_back(route.fileno())
     # A kernel disarms by itself then; that it could not be asked to is an error all the same.
     with pytest.raises(IrqFdError) as failed:
         route.close()

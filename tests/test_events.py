@@ -6,23 +6,21 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from backends import Guest, SimulatedGuest
 from mshv_irqfd import ClosedError, EventFd, IrqFdError
-from support import collect, msi, still_works
+from support import close_behind_its_back, collect, msi, still_works
 
 Open = Callable[..., Guest]
 
 
 @pytest.fixture
-def theirs() -> Iterator[int]:
+def theirs(for_each_thread: Callable[..., int]) -> int:
     """A caller's eventfd."""
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    yield fd
-    os.close(fd)
+    return for_each_thread(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.close)
 
 
 def test_an_eventfd_counts_signals_until_they_are_consumed() -> None:
@@ -238,7 +236,7 @@ def test_an_eventfd_in_semaphore_mode_is_refused(guest: Guest) -> None:
 
 def test_a_closed_descriptor_is_refused(guest: Guest) -> None:
     fd = os.eventfd(0, os.EFD_CLOEXEC)
-    os.close(fd)
+    close_behind_its_back(fd)
     with pytest.raises(IrqFdError, match=f"{fd}.*not open") as failed:
         guest.partition.new_irqfd_route(event=fd)
     assert failed.value.errno == errno.EBADF

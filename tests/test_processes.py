@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from pathlib import Path
 
+pytestmark = pytest.mark.thread_unsafe(reason="children have one thread, and what the others left half done")
+
 
 def told(backend: Backend, *words: object) -> tuple[list[str], list[str]]:
     """What an owner prints, and what it complains of."""

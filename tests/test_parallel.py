@@ -1,0 +1,47 @@
+"""Tests run beside themselves in several threads: on fixtures of their own, unless what they do is the process's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from backends import SELECTION
+
+TESTS = Path(__file__).parent
+# It counts the pushes of its partition, which would be those of both threads.
+SHARED = "test_batch.py::test_a_batch_is_one_push"
+ALONE = {
+    "test_fork.py::test_a_child_can_not_commit_its_parents_batch": "calls thread-unsafe function: in_child",
+    "test_finalizers.py::test_what_was_closed_is_dropped_without_a_word": "calls thread-unsafe function: recorded",
+    "test_threads.py::test_the_interpreter_runs_on_while_a_batch_is_committed": "uses thread-unsafe fixture(s)",
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    """What pytest says of these tests, run in two threads on the simulated backend."""
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--parallel-threads=2"]
+    run = subprocess.run(
+        [*words, *(str(TESTS / test) for test in (SHARED, *ALONE))],
+        capture_output=True, text=True, check=False, cwd=TESTS.parent, env={**os.environ, SELECTION: "simulated"},
+    )  # fmt: skip
+    return run.stdout
+
+
+def outcome(report: str, test: str) -> str:
+    (line,) = [
+        line for line in report.splitlines() if f"{test}[simulated]" in line and ("PASS" in line or "FAIL" in line)
+    ]
+    return line
+
+
+def test_threads_that_run_a_test_have_each_their_own_fixtures(report: str) -> None:
+    assert "PARALLEL PASSED" in outcome(report, SHARED)
+
+
+@pytest.mark.parametrize("test", ALONE)
+def test_a_test_of_what_is_the_processs_runs_alone(report: str, test: str) -> None:
+    assert f"PASSED [thread-unsafe]: {ALONE[test]}" in outcome(report, test)
