@@ -17,7 +17,8 @@ FUZZ_TARGETS := msi fdinfo table operations
 # In how many threads each test runs at once.
 PARALLEL_THREADS ?= 4
 
-.PHONY: help build-dev test parallel soak interleavings broken mutants fuzz sanitize memcheck lint lab demo wheel stubs format clean
+.PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
+	wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -38,6 +39,17 @@ test: build-dev ## Runs every test: Rust's, then Python's on every backend that 
 # What threads would not share runs in `make test`. The races have threads of their own: once each is enough beside others.
 parallel: build-dev ## Runs each Python test in several threads at once (PARALLEL_THREADS)
 	MSHV_IRQFD_RACES=$${MSHV_IRQFD_RACES:-1} $(RUN) -m pytest --parallel-threads=$(PARALLEL_THREADS) --skip-thread-unsafe=True $(PYTEST_ARGS)
+
+# An abi3 module does not load without the GIL: maturin builds one for this very version there, beside the other.
+FREE := target/free-threaded
+FREE_RUN := PYTHON_GIL=0 $(FREE)/venv/bin/python -m pytest
+free-threaded: export CARGO_TARGET_DIR := $(FREE)
+free-threaded: ## Runs the Python tests without the GIL, on a CPython 3.14 built for that (FREE_THREADED_PYTHON: on another)
+	python=$${FREE_THREADED_PYTHON:-$$(tools/free_threaded)} && "$$python" -m venv --clear $(FREE)/venv
+	$(FREE)/venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	VIRTUAL_ENV=$(CURDIR)/$(FREE)/venv $(FREE)/venv/bin/maturin develop --quiet --locked
+	MSHV_IRQFD_MODEL=$${MSHV_IRQFD_MODEL:-100x50} MSHV_IRQFD_RACES=$${MSHV_IRQFD_RACES:-20} $(FREE_RUN) $(PYTEST_ARGS)
+	MSHV_IRQFD_RACES=1 $(FREE_RUN) --parallel-threads=$(PARALLEL_THREADS) --skip-thread-unsafe=True $(PYTEST_ARGS)
 
 soak: build-dev ## Runs the model and every failure at length on every backend and in Rust, and prints how much was tried
 	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated tests/test_model.py tests/test_rollback.py

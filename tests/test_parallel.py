@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 from backends import SELECTION
+from support import run_python
 
 TESTS = Path(__file__).parent
 # It counts the pushes of its partition, which would be those of both threads.
@@ -45,3 +47,13 @@ def test_threads_that_run_a_test_have_each_their_own_fixtures(report: str) -> No
 @pytest.mark.parametrize("test", ALONE)
 def test_a_test_of_what_is_the_processs_runs_alone(report: str, test: str) -> None:
     assert f"PASSED [thread-unsafe]: {ALONE[test]}" in outcome(report, test)
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs a Python without the GIL: run `make free-threaded`"
+)
+def test_importing_the_package_leaves_the_gil_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With this variable it stays off whatever a module says of itself.
+    monkeypatch.delenv("PYTHON_GIL", raising=False)
+    ended = run_python("import mshv_irqfd, sys; print(sys._is_gil_enabled())", "-W", "error")
+    assert (ended.stdout, ended.stderr) == ("False\n", "")
