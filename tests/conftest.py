@@ -114,10 +114,11 @@ def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backe
 
 
 @pytest.fixture
-def faults(backend: Backend, for_each_thread: Callable[..., Faults]) -> Faults:
+def faults(backend: Backend) -> Iterator[Faults]:
     """Calls of the backend that fail."""
     need_faults(backend.name)
-    return for_each_thread(lambda: faults_.of(backend.name), Faults.close)
+    with faults_.of(backend.name) as faults:
+        yield faults
 
 
 @pytest.fixture

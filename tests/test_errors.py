@@ -123,7 +123,7 @@ def test_an_armed_eventfd_closed_behind_our_back_stops_no_push(open_guest: Calla
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     other.set_msi(msi(0x42))
-    os.close(route.fileno())
+    close_behind_its_back(route.fileno())
     other.set_msi(msi(0x43))
     other.signal()
     guest.receives(msi(0x43))
