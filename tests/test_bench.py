@@ -204,6 +204,26 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path, capsys: p
     assert [row["left_out"] is None for row in results.read(file)["rows"]] == [True, False]
 
 
+def test_what_the_design_before_left_in_the_caches_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    last: list[object] = []
+
+    class Cold:
+        def run(self, _workload: str, calls: int) -> int:
+            """Ten times as slow, the first time after another."""
+            cold = last != [self]
+            last[:] = [self]
+            return measure.SAMPLE * (calls + 9 * cold)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(designs, "MAKERS", {name: lambda _backend, _count: Cold() for name in ("package", "floor")})
+    monkeypatch.setattr(designs, "of_backend", lambda _backend: ["package", "floor"])
+    plan = measure.Plan("null", ["retarget"], [1], seconds=0.0, longest=4.0)
+    (cell,) = measure.Measurement(plan).cells(lambda _part, _text: None)
+    assert {sample for samples in cell.samples.values() for sample in samples} == {measure.SAMPLE}
+
+
 def test_what_only_began_slowly_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = chain([1000.0], repeat(0.001))
 
