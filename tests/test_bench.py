@@ -204,6 +204,15 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path, capsys: p
     assert [row["left_out"] is None for row in results.read(file)["rows"]] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.046, "1.05 ±0%"), (0.6, "0.60 ±0%"), (0.1008, "1/9.92 ±0%"), (1 / 1090, "1/1090 ±0%"), (2000.0, ">1000")],
+)
+def test_a_ratio_is_shown_as_people_say_it(value: float, shown: str) -> None:
+    report = pytest.importorskip("mshv_irqfd.cli.bench.report", reason="needs rich")
+    assert report.ratio({"value": value, "low": value, "high": value}) == shown
+
+
 def test_what_the_design_before_left_in_the_caches_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     last: list[object] = []
 

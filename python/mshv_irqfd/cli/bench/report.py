@@ -46,7 +46,12 @@ def ratio(found: Compared) -> str:
         return "-"
     if value.value > 1000:  # noqa: PLR2004 -- against a kernel that does nothing
         return ">1000"
-    shown = f"{value.value:.2f}" if value.value > 0.5 else f"1/{1 / value.value:.3g}"  # noqa: PLR2004 -- half
+    if value.value > 0.5:  # noqa: PLR2004 -- half
+        shown = f"{value.value:.2f}"
+    else:
+        # Three digits, and never an exponent.
+        times = 1 / value.value
+        shown = f"1/{times:.3g}" if times < 999.5 else f"1/{times:.0f}"  # noqa: PLR2004 -- as above
     return f"{shown} ±{100 * value.spread:.0f}%"
 
 
