@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyRange, PyRangeMethods};
 
@@ -39,7 +40,7 @@ pub(super) fn address_and_data(address: &Bound<'_, PyAny>, data: &Bound<'_, PyAn
 /// A file descriptor, or an object with `fileno()`.
 pub(super) fn descriptor(value: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     let range = "give a file descriptor or an object with fileno()";
-    let number = match value.getattr_opt("fileno")? {
+    let number = match value.getattr_opt(intern!(value.py(), "fileno"))? {
         Some(fileno) => fileno.call0()?,
         None => value.clone(),
     };

@@ -1,5 +1,6 @@
 //! Values that are plain Python: the enumerations and named tuples of `mshv_irqfd.values`.
 
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -11,11 +12,12 @@ const MODULE: &str = "mshv_irqfd.values";
 
 pub(super) fn gsi_state(py: Python<'_>, state: GsiState) -> PyResult<Bound<'_, PyAny>> {
     static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    // The interpreter's cache of attributes keeps every name that it is asked for, so each must be one string.
     let name = match state {
-        GsiState::Unallocated => "UNALLOCATED",
-        GsiState::Disabled => "DISABLED",
-        GsiState::Enabled => "ENABLED",
-        GsiState::Broken => "BROKEN",
+        GsiState::Unallocated => intern!(py, "UNALLOCATED"),
+        GsiState::Disabled => intern!(py, "DISABLED"),
+        GsiState::Enabled => intern!(py, "ENABLED"),
+        GsiState::Broken => intern!(py, "BROKEN"),
     };
     CLASS.import(py, MODULE, "GsiState")?.getattr(name)
 }
