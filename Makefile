@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 SOAK_SIMULATED ?= 2000x50
 SOAK_KVM ?= 500x50
 SOAK_MSHV ?= 100x50
-SOAKED := tests/test_model.py tests/test_rollback.py tests/test_races.py
+SOAKED := tests/test_model.py tests/test_rollback.py tests/test_leaks.py tests/test_races.py
 # Random walks of the Rust core (PROPTEST_CASES is proptest's own name).
 SOAK_WALKS ?= 100000
 # Seconds that each fuzz target runs.
