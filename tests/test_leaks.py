@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from lives import LIVES_LED
-from support import collect, native_threads, open_files, until
+from support import collect, native_threads, open_files, refusal, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from backends import Backend
+    from backends import Backend, SimulatedGuest
 
 LIVES, STRETCHES = 30, 8
 """So many partitions come and go in a stretch, of so many at most: caches grow in some stretches, a leak in each."""
@@ -61,3 +61,20 @@ def test_nothing_grows_with_the_number_of_partitions(backend: Backend, live: Cal
         pytest.fail(f"each {LIVES} partitions grew Python by blocks, and the heap by bytes: {grown}")
     print(f"{LIVES * len(grown)} partitions; the last {LIVES} grew Python by {blocks} blocks, the heap by {size} bytes")
     assert open_files() == files
+
+
+@pytest.mark.thread_unsafe(reason="counts the process's blocks")
+def test_an_attribute_is_asked_for_by_the_same_string_each_time(simulated: SimulatedGuest) -> None:
+    # The interpreter's cache of attributes keeps the string that it was asked for, and finds it by its address.
+    def growth(calls: int) -> int:
+        before, _ = measured()
+        held = []
+        for number in range(calls):
+            refusal(lambda: simulated.partition.new_irqfd_route(event=-1))
+            # As long as "fileno": takes the place of a string that was given up, so that another's address is another.
+            held.append(f"{number:06}")
+        held.clear()
+        return measured()[0] - before
+
+    growth(5)
+    assert growth(500) < 50

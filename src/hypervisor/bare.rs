@@ -27,7 +27,9 @@ pub trait Bare: Hypervisor + 'static {
 
     fn entry(gsi: u32, msi: RawMsi) -> Self::Entry;
     /// Entries that every table has in front.
-    fn fixed() -> Vec<Self::Entry>;
+    fn fixed() -> Vec<Self::Entry> {
+        Vec::new()
+    }
     fn event() -> io::Result<Self::Event>;
     /// Writes the eventfd, and returns when the interrupt is delivered.
     fn signal(&self, event: &Self::Event) -> io::Result<()>;
@@ -133,10 +135,6 @@ impl Bare for MshvPartition {
         mshv::entry(gsi, msi)
     }
 
-    fn fixed() -> Vec<Self::Entry> {
-        Vec::new()
-    }
-
     fn event() -> io::Result<SysEventFd> {
         sys_event()
     }
@@ -166,10 +164,6 @@ impl Bare for SimulatedPartition {
 
     fn entry(gsi: u32, msi: RawMsi) -> Self::Entry {
         mshv::entry(gsi, msi)
-    }
-
-    fn fixed() -> Vec<Self::Entry> {
-        Vec::new()
     }
 
     fn event() -> io::Result<Arc<EventFd>> {
@@ -203,10 +197,6 @@ impl Bare for NullPartition {
 
     fn entry(gsi: u32, msi: RawMsi) -> Self::Entry {
         mshv::entry(gsi, msi)
-    }
-
-    fn fixed() -> Vec<Self::Entry> {
-        Vec::new()
     }
 
     fn event() -> io::Result<SysEventFd> {
