@@ -9,8 +9,8 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::Criterion;
-use mshv_irqfd::hypervisor::null::NullPartition;
 use mshv_irqfd::hypervisor::{Backend, Target};
+use mshv_irqfd::instruments::null::NullPartition;
 use mshv_irqfd::irqfd::{Batch, Config, GsiAllocator, IrqFdRoute, MsiRoute, Partition};
 
 const GSIS: usize = 2048;

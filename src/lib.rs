@@ -1,7 +1,7 @@
 //! irqfd and MSI routing for virtual machines, driven from Python.
 
-pub mod bench;
 pub mod hypervisor;
+pub mod instruments;
 pub mod irqfd;
 
 #[cfg(feature = "python")]

@@ -156,13 +156,8 @@ impl EventFd {
             if self.foreign && !self.has_room(fd, n)? {
                 return Ok(());
             }
-            // SAFETY: eight bytes of a live value.
-            let written = unsafe { libc::write(fd, (&raw const n).cast(), size_of::<u64>()) };
-            if written == size_of::<u64>() as isize {
-                return Ok(());
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::WouldBlock { Ok(()) } else { Err(error) }
+            write(fd, n)
+                .or_else(|error| if error.kind() == io::ErrorKind::WouldBlock { Ok(()) } else { Err(error) })
         })
     }
 
@@ -216,6 +211,15 @@ pub fn drain(events: &[&EventFd]) -> Vec<(usize, io::Error)> {
     found.filter_map(|((place, event), _)| event.consume().err().map(|error| (place, error))).collect()
 }
 
+/// Adds to the counter of an eventfd.
+pub fn write(fd: RawFd, n: u64) -> io::Result<()> {
+    // SAFETY: eight bytes of a live value.
+    match unsafe { libc::write(fd, (&raw const n).cast(), size_of::<u64>()) } {
+        8 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn ready(fd: RawFd, events: libc::c_short) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one pollfd, which lives across the call; a timeout of 0 does not wait.
@@ -231,12 +235,6 @@ fn ready(fd: RawFd, events: libc::c_short) -> io::Result<bool> {
 impl AsRawFd for EventFd {
     fn as_raw_fd(&self) -> RawFd {
         self.inner.as_raw_fd()
-    }
-}
-
-impl AsRef<SysEventFd> for EventFd {
-    fn as_ref(&self) -> &SysEventFd {
-        &self.inner
     }
 }
 

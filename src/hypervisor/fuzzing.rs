@@ -18,6 +18,6 @@ pub fn table_after(fixed: &[u32], changes: &[(u32, Option<u32>)]) -> (Vec<u32>, 
             None => table.drop(*gsi),
         }
     }
-    let (fixed, others) = table.entries().split_at(fixed.len());
+    let (fixed, others) = table.image().entries().split_at(fixed.len());
     (fixed.iter().map(|entry| entry[1]).collect(), others.iter().map(|[gsi, value]| (*gsi, *value)).collect())
 }

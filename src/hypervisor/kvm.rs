@@ -9,20 +9,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{
-    KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVMIO, kvm_irq_routing, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
-    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irqchip, kvm_irqfd, kvm_lapic_state,
-};
+use kvm_bindings::{KVM_API_VERSION, kvm_irqchip, kvm_lapic_state};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
+use super::calls::Irqfd;
+use super::calls::kvm as calls;
 use super::event::{EventFd, Holder};
 use super::table::Table;
 use super::{CallError, CallResult, Hypervisor, Interrupt, Operation, RawMsi, descriptor};
-
-vmm_sys_util::ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, kvm_irq_routing);
-vmm_sys_util::ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, kvm_irqfd);
 
 /// The device node of KVM.
 pub const DEVICE: &str = "/dev/kvm";
@@ -32,12 +26,6 @@ pub const LINK: &str = "anon_inode:kvm-vm";
 
 /// What it calls those of vCPUs, before their ids.
 const VCPU_LINK: &str = "anon_inode:kvm-vcpu";
-
-/// GSIs below this are the pins of the IOAPIC.
-pub const PIN_GSIS: u32 = 24;
-
-/// Table entries for the pins: 16 of the two PICs, 24 of the IOAPIC.
-pub const PIN_ENTRIES: usize = 40;
 
 /// Offsets in the local APIC's register page (Intel SDM volume 3, "Local APIC Register Address Map").
 const SPURIOUS_VECTOR: usize = 0xF0;
@@ -51,7 +39,7 @@ pub struct KvmPartition {
     vcpus: Arc<KvmVcpus>,
     /// vCPUs whose local APIC could not be turned on, by index. A vCPU ends with its VM only and can't be made twice.
     unfinished: BTreeMap<u8, VcpuFd>,
-    table: Table<kvm_irq_routing_entry>,
+    table: Table<calls::Entry>,
     has_pins: bool,
 }
 
@@ -84,7 +72,7 @@ impl KvmPartition {
             vm: Some(vm),
             vcpus: Arc::default(),
             unfinished: BTreeMap::new(),
-            table: Table::new(&pins()),
+            table: Table::new(&calls::pins()),
             has_pins: true,
         })
     }
@@ -100,8 +88,8 @@ impl KvmPartition {
             failed(Operation::Open, "KVM_GET_VCPU_MMAP_SIZE", error)
         })?;
         let has_pins = has_irqchip(&vm)?;
-        let mut fixed = if has_pins { pins() } else { Vec::new() };
-        fixed.extend(keep.iter().map(|(gsi, msi)| msi_entry(*gsi, *msi)));
+        let mut fixed = if has_pins { calls::pins() } else { Vec::new() };
+        fixed.extend(keep.iter().map(|(gsi, msi)| entry(*gsi, *msi)));
         Ok(Self {
             vm: Some(vm),
             vcpus: Arc::default(),
@@ -132,64 +120,14 @@ fn has_irqchip(vm: &VmFd) -> CallResult<bool> {
         Err(error) => return Err(failed(Operation::Open, CALL, error)),
     }
     // An irqfd without a descriptor is refused for that (EBADF) only where there is a controller to raise it.
-    let nothing = kvm_irqfd { fd: u32::MAX, ..Default::default() };
-    match irqfd(vm, &nothing) {
+    match calls::irqfd(vm, Irqfd::assign(-1, 0)) {
         Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(false),
         _ => Err(CallError::new(Operation::Open, CALL, libc::ENXIO)),
     }
 }
 
-/// The ioctl for irqfds, with whatever it is given.
-pub(super) fn irqfd(vm: &impl AsRawFd, argument: &kvm_irqfd) -> io::Result<()> {
-    // SAFETY: the structure that KVM_IRQFD reads.
-    match unsafe { ioctl_with_ref(vm, KVM_IRQFD(), argument) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// The ioctl for routing tables.
-///
-/// # Safety
-/// `table` has the layout of `kvm_irq_routing` and as many entries as its header says.
-pub(super) unsafe fn set_routing(vm: &impl AsRawFd, table: *const u64) -> io::Result<()> {
-    // SAFETY: promised by the caller.
-    match unsafe { ioctl_with_ptr(vm, KVM_SET_GSI_ROUTING(), table) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// The entries that KVM makes for an irqchip (arch/x86/kvm/irq.c, `default_routing`).
-pub(super) fn pins() -> Vec<kvm_irq_routing_entry> {
-    let pin = |gsi, irqchip, pin| {
-        // All 32 bytes of the union go to the kernel, so all are set.
-        let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
-        u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
-        kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, u, ..Default::default() }
-    };
-    (0..PIN_GSIS)
-        .flat_map(|gsi| {
-            let pic = match gsi {
-                0..8 => Some(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
-                8..16 => Some(pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
-                _ => None,
-            };
-            pic.into_iter().chain([pin(gsi, KVM_IRQCHIP_IOAPIC, gsi)])
-        })
-        .collect()
-}
-
-pub(super) fn msi_entry(gsi: u32, msi: RawMsi) -> kvm_irq_routing_entry {
-    wide_msi_entry(gsi, msi.address.into(), msi.data)
-}
-
-/// An entry with an address of 64 bits, which KVM takes though no x86 MSI has one.
-pub(super) fn wide_msi_entry(gsi: u32, address: u64, data: u32) -> kvm_irq_routing_entry {
-    let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
-    let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
-    u.msi = kvm_irq_routing_msi { address_lo, address_hi, data, ..Default::default() };
-    kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
+fn entry(gsi: u32, msi: RawMsi) -> calls::Entry {
+    calls::entry(gsi, msi.address.into(), msi.data)
 }
 
 /// Turns a vCPU's local APIC on, as a guest does first.
@@ -202,7 +140,7 @@ fn enable_lapic(vcpu: &VcpuFd) -> CallResult {
 
 impl Hypervisor for KvmPartition {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
-        self.table.set(gsi, msi_entry(gsi, msi));
+        self.table.set(gsi, entry(gsi, msi));
     }
 
     fn drop_entry(&mut self, gsi: u32) {
@@ -212,8 +150,7 @@ impl Hypervisor for KvmPartition {
     fn push(&mut self) -> CallResult<usize> {
         const CALL: &str = "KVM_SET_GSI_ROUTING";
         let vm = self.vm(Operation::SetMsiRouting, CALL)?;
-        // SAFETY: the table keeps the layout of the ioctl's argument.
-        unsafe { set_routing(vm, self.table.as_ptr()) }
+        calls::set_gsi_routing(vm, self.table.image())
             .map_err(|error| CallError::of(Operation::SetMsiRouting, CALL, &error))?;
         Ok(self.table.len())
     }
@@ -221,14 +158,15 @@ impl Hypervisor for KvmPartition {
     fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult {
         const CALL: &str = "KVM_IRQFD";
         let vm = self.vm(Operation::AssignIrqfd, CALL)?;
-        vm.register_irqfd(event.event().as_ref(), gsi).map_err(|error| failed(Operation::AssignIrqfd, CALL, error))
+        calls::irqfd(vm, Irqfd::assign(event.event().as_raw_fd(), gsi))
+            .map_err(|error| CallError::of(Operation::AssignIrqfd, CALL, &error))
     }
 
     fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         const CALL: &str = "KVM_IRQFD (deassign)";
-        self.vm(Operation::DeassignIrqfd, CALL)?
-            .unregister_irqfd(event.as_ref(), gsi)
-            .map_err(|error| failed(Operation::DeassignIrqfd, CALL, error))
+        let vm = self.vm(Operation::DeassignIrqfd, CALL)?;
+        calls::irqfd(vm, Irqfd::deassign(event.as_raw_fd(), gsi))
+            .map_err(|error| CallError::of(Operation::DeassignIrqfd, CALL, &error))
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {

@@ -3,18 +3,16 @@
 //! Everything that is `unsafe` lives below this module. What a caller may rely on is said here, once;
 //! what each kernel does with it is said in its own file.
 
-pub mod bare;
+pub mod calls;
 pub mod descriptor;
 pub mod event;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod kvm;
 pub mod mshv;
-pub mod null;
 pub mod owner;
-pub mod raw;
 pub mod simulated;
-mod table;
+pub mod table;
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -23,6 +21,12 @@ use event::{EventFd, Holder};
 
 /// Both kernels take GSIs below this (`MSHV_MAX_GUEST_IRQS`, `KVM_MAX_IRQ_ROUTES`).
 pub const MAX_GSIS: u32 = 4096;
+
+/// Where an interrupt controller has pins, the GSIs below this are those of its IOAPIC.
+pub const PIN_GSIS: u32 = 24;
+
+/// Table entries for the pins: 16 of the two PICs, 24 of the IOAPIC.
+pub const PIN_ENTRIES: usize = 40;
 
 /// The address and data of a message-signalled interrupt as a routing table holds them.
 ///

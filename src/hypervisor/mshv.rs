@@ -1,17 +1,14 @@
 //! The Microsoft Hypervisor's root partition driver, `/dev/mshv`.
 
 use std::fmt;
-use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
-use mshv_bindings::{
-    MSHV_IRQFD_BIT_DEASSIGN, MSHV_PT_BIT_LAPIC, MSHV_PT_BIT_X2APIC, mshv_create_partition_v2, mshv_user_irq_entry,
-    mshv_user_irqfd,
-};
-use mshv_ioctls::{MSHV_IRQFD, MSHV_SET_MSI_ROUTING, Mshv, MshvError, VcpuFd, VmFd};
-use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
+use mshv_bindings::{MSHV_PT_BIT_LAPIC, MSHV_PT_BIT_X2APIC, mshv_create_partition_v2};
+use mshv_ioctls::{Mshv, MshvError, VcpuFd, VmFd};
 
+use super::calls::Irqfd;
+use super::calls::mshv as calls;
 use super::event::{EventFd, Holder};
 use super::table::Table;
 use super::{CallError, CallResult, Hypervisor, Operation, RawMsi, descriptor};
@@ -36,7 +33,7 @@ enum Vm {
 pub struct MshvPartition {
     vm: Vm,
     fd: RawFd,
-    table: Table<mshv_user_irq_entry>,
+    table: Table<calls::Entry>,
 }
 
 fn failed(operation: Operation, call: &'static str, error: MshvError) -> CallError {
@@ -70,35 +67,10 @@ impl MshvPartition {
         let keep: Vec<_> = keep.iter().map(|(gsi, msi)| entry(*gsi, *msi)).collect();
         Self { vm: Vm::Adopted(fd), fd, table: Table::new(&keep) }
     }
-
-    fn irqfd(&self, gsi: u32, event: &EventFd, flags: u32) -> io::Result<()> {
-        irqfd(self, &mshv_user_irqfd { fd: event.as_raw_fd(), resamplefd: 0, gsi, flags })
-    }
 }
 
-/// The ioctl for irqfds, with whatever it is given.
-pub(super) fn irqfd(vm: &impl AsRawFd, argument: &mshv_user_irqfd) -> io::Result<()> {
-    // SAFETY: the structure that MSHV_IRQFD reads.
-    match unsafe { ioctl_with_ref(vm, MSHV_IRQFD(), argument) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// The ioctl for routing tables.
-///
-/// # Safety
-/// `table` has the layout of `mshv_user_irq_table` and as many entries as its header says.
-pub(super) unsafe fn set_routing(vm: &impl AsRawFd, table: *const u64) -> io::Result<()> {
-    // SAFETY: promised by the caller.
-    match unsafe { ioctl_with_ptr(vm, MSHV_SET_MSI_ROUTING(), table) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-pub(super) fn entry(gsi: u32, msi: RawMsi) -> mshv_user_irq_entry {
-    mshv_user_irq_entry { gsi, address_lo: msi.address, address_hi: 0, data: msi.data }
+fn entry(gsi: u32, msi: RawMsi) -> calls::Entry {
+    calls::entry(gsi, msi.address.into(), msi.data)
 }
 
 impl Hypervisor for MshvPartition {
@@ -111,19 +83,18 @@ impl Hypervisor for MshvPartition {
     }
 
     fn push(&mut self) -> CallResult<usize> {
-        // SAFETY: the table keeps the layout of the ioctl's argument.
-        unsafe { set_routing(self, self.table.as_ptr()) }
+        calls::set_msi_routing(self, self.table.image())
             .map_err(|error| CallError::of(Operation::SetMsiRouting, "MSHV_SET_MSI_ROUTING", &error))?;
         Ok(self.table.len())
     }
 
     fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult {
-        self.irqfd(gsi, event.event(), 0)
+        calls::irqfd(self, Irqfd::assign(event.event().as_raw_fd(), gsi))
             .map_err(|error| CallError::of(Operation::AssignIrqfd, "MSHV_IRQFD", &error))
     }
 
     fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
-        self.irqfd(gsi, event, 1 << MSHV_IRQFD_BIT_DEASSIGN)
+        calls::irqfd(self, Irqfd::deassign(event.as_raw_fd(), gsi))
             .map_err(|error| CallError::of(Operation::DeassignIrqfd, "MSHV_IRQFD (deassign)", &error))
     }
 

@@ -14,9 +14,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mshv_bindings::mshv_user_irq_entry;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::calls::mshv as calls;
 use super::event::{EventFd, Holder, Share};
 use super::owner::Owner;
 use super::table::Table;
@@ -26,7 +26,7 @@ use super::{CallError, CallResult, Hypervisor, Interrupt, MAX_GSIS, Operation, R
 pub struct SimulatedPartition {
     owner: Owner,
     driver: Arc<Driver>,
-    table: Table<mshv_user_irq_entry>,
+    table: Table<calls::Entry>,
     stop: EventFd,
     watcher: Option<JoinHandle<()>>,
 }
@@ -103,8 +103,7 @@ impl SimulatedPartition {
 
 impl Hypervisor for SimulatedPartition {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi) {
-        let entry = mshv_user_irq_entry { gsi, address_lo: msi.address, address_hi: 0, data: msi.data };
-        self.table.set(gsi, entry);
+        self.table.set(gsi, calls::entry(gsi, msi.address.into(), msi.data));
     }
 
     fn drop_entry(&mut self, gsi: u32) {
@@ -112,7 +111,7 @@ impl Hypervisor for SimulatedPartition {
     }
 
     fn push(&mut self) -> CallResult<usize> {
-        self.driver.set_msi_routing(self.table.entries())?;
+        self.driver.set_msi_routing(self.table.image().entries())?;
         Ok(self.table.len())
     }
 
@@ -144,7 +143,7 @@ impl Driver {
     }
 
     /// MSHV_SET_MSI_ROUTING: `mshv_update_routing_table()`.
-    pub(super) fn set_msi_routing(&self, entries: &[mshv_user_irq_entry]) -> CallResult {
+    pub fn set_msi_routing(&self, entries: &[calls::Entry]) -> CallResult {
         let failed = |errno| CallError::new(Operation::SetMsiRouting, "simulated MSHV_SET_MSI_ROUTING", errno);
         let mut state = self.lock();
         state.fault(Operation::SetMsiRouting).map_err(failed)?;
@@ -165,7 +164,7 @@ impl Driver {
 
     /// MSHV_IRQFD: `mshv_irqfd_assign()`, which does not look at the table or at the GSI. What is pending is
     /// taken out of the counter here, under the lock that the watching thread takes to read it.
-    pub(super) fn assign_irqfd(&self, gsi: u32, holder: &dyn Holder) -> CallResult {
+    pub fn assign_irqfd(&self, gsi: u32, holder: &dyn Holder) -> CallResult {
         let failed = |errno| CallError::new(Operation::AssignIrqfd, "simulated MSHV_IRQFD", errno);
         let event = holder.event();
         let key = key(event);
@@ -200,7 +199,7 @@ impl Driver {
 
     /// MSHV_IRQFD with the deassign bit: `mshv_irqfd_deassign()`. A pair that is not assigned is no error.
     /// What was signalled while armed is delivered first, as the driver's handler had done at once.
-    pub(super) fn deassign_irqfd(&self, gsi: u32, event: &EventFd) -> CallResult {
+    pub fn deassign_irqfd(&self, gsi: u32, event: &EventFd) -> CallResult {
         let failed = |errno| CallError::new(Operation::DeassignIrqfd, "simulated MSHV_IRQFD (deassign)", errno);
         let key = key(event);
         let mut state = self.lock();
@@ -350,8 +349,8 @@ mod tests {
     const MSI: RawMsi = RawMsi { address: 0xFEE0_1000, data: 0x41 };
     const BOGUS: RawMsi = RawMsi { address: 0, data: 0 };
 
-    fn entry(gsi: u32) -> mshv_user_irq_entry {
-        mshv_user_irq_entry { gsi, address_lo: MSI.address, address_hi: 0, data: MSI.data }
+    fn entry(gsi: u32) -> calls::Entry {
+        calls::Entry { gsi, address_lo: MSI.address, address_hi: 0, data: MSI.data }
     }
 
     fn event() -> Arc<EventFd> {
@@ -436,7 +435,7 @@ mod tests {
         let (driver, event) = (partition.driver(), event());
         driver.set_msi_routing(&[entry(24)]).unwrap();
         driver.assign_irqfd(24, &event).unwrap();
-        let high = mshv_user_irq_entry { address_hi: 1, ..entry(24) };
+        let high = calls::Entry { address_hi: 1, ..entry(24) };
         for bad in [&[high][..], &[entry(24), entry(24)], &[entry(4096)]] {
             assert_eq!(errno_of(driver.set_msi_routing(bad)), libc::EINVAL);
         }

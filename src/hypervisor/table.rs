@@ -1,4 +1,4 @@
-//! The image of a kernel's routing table: the very bytes that the ioctl reads, changed in place.
+//! Routing tables in the layout that the ioctls read.
 
 use std::marker::PhantomData;
 
@@ -6,110 +6,143 @@ use super::MAX_GSIS;
 
 const NONE: u16 = u16::MAX;
 
-/// A header of two 32-bit words (the number of entries, then 0) followed by entries `E`, as both
-/// `struct mshv_user_irq_table` and `struct kvm_irq_routing` are laid out.
-///
-/// Entries that `new` is given stay in front for good. One entry a GSI is kept behind them, in no order:
-/// setting and dropping take constant time, because a dropped entry's place is taken by the last one.
-pub(super) struct Table<E> {
+/// A routing table in the layout that the ioctls read: a header of two 32-bit words (the number of entries, then 0)
+/// followed by entries `E`, as both `struct mshv_user_irq_table` and `struct kvm_irq_routing` are laid out.
+#[derive(Debug)]
+pub struct Image<E> {
     /// 64-bit words, so that an entry with 64-bit fields is aligned.
     words: Vec<u64>,
-    fixed: usize,
-    /// Which GSI each of the entries behind the fixed ones is for.
-    gsis: Vec<u16>,
-    /// Where a GSI's entry is among those, or `NONE`.
-    places: Box<[u16]>,
     entries: PhantomData<E>,
 }
 
-/// The words of a table with just these entries, right or wrong.
-pub(super) fn image<E: Copy>(entries: &[E]) -> Vec<u64> {
-    Table::new(entries).words
-}
-
-impl<E: Copy> Table<E> {
+impl<E: Copy> Image<E> {
     const WORDS: usize = {
         assert!(size_of::<E>().is_multiple_of(8) && align_of::<E>() <= 8);
         size_of::<E>() / 8
     };
 
-    pub(super) fn new(fixed: &[E]) -> Self {
-        let mut table = Self {
-            words: vec![0],
-            fixed: 0,
-            gsis: Vec::new(),
-            places: vec![NONE; MAX_GSIS as usize].into(),
-            entries: PhantomData,
-        };
-        for entry in fixed {
-            table.append(*entry);
+    /// One allocation and one copy.
+    pub fn copy_of(entries: &[E]) -> Self {
+        let size = Self::word(entries.len());
+        let mut words = Vec::with_capacity(size);
+        words.push(entries.len() as u64);
+        // SAFETY: the room behind the header was just allocated for as many entries, in words that are aligned for
+        // them, and is initialized by the copy before its length says so.
+        unsafe {
+            std::ptr::copy_nonoverlapping(entries.as_ptr(), words.as_mut_ptr().add(1).cast(), entries.len());
+            words.set_len(size);
         }
-        table.fixed = fixed.len();
-        table.count();
-        table
+        Self { words, entries: PhantomData }
     }
 
-    fn append(&mut self, entry: E) {
-        let at = self.words.len();
-        self.words.resize(at + Self::WORDS, 0);
-        self.write(at, entry);
+    /// Where an entry starts.
+    fn word(place: usize) -> usize {
+        1 + place * Self::WORDS
     }
 
-    fn write(&mut self, at: usize, entry: E) {
-        let words = &mut self.words[at..at + Self::WORDS];
+    pub fn len(&self) -> usize {
+        self.words[0] as usize
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Lets the kernel see the first `count` entries only.
+    pub fn show(&mut self, count: usize) {
+        assert!(Self::word(count) <= self.words.len());
+        self.words[0] = count as u64;
+    }
+
+    fn push(&mut self, entry: E) {
+        let place = self.len();
+        self.words.resize(Self::word(place + 1), 0);
+        self.write(place, entry);
+        self.show(place + 1);
+    }
+
+    fn write(&mut self, place: usize, entry: E) {
+        let words = &mut self.words[Self::word(place)..Self::word(place + 1)];
         // SAFETY: WORDS words hold an E, and their alignment is enough for it (asserted where WORDS is made).
         unsafe { words.as_mut_ptr().cast::<E>().write(entry) };
     }
 
-    fn word(&self, place: usize) -> usize {
-        1 + (self.fixed + place) * Self::WORDS
+    /// Takes an entry out and puts the last one in its place.
+    fn swap_remove(&mut self, place: usize) {
+        let last = self.len() - 1;
+        self.words.copy_within(Self::word(last).., Self::word(place));
+        self.words.truncate(Self::word(last));
+        self.show(last);
     }
 
-    /// Puts the number of entries into the header, whose second half stays 0.
-    fn count(&mut self) {
-        self.words[0] = self.len() as u64;
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.fixed + self.gsis.len()
-    }
-
-    pub(super) fn set(&mut self, gsi: u32, entry: E) {
-        match self.places[gsi as usize] {
-            NONE => {
-                self.places[gsi as usize] = self.gsis.len() as u16;
-                self.gsis.push(gsi as u16);
-                self.append(entry);
-                self.count();
-            }
-            place => self.write(self.word(place.into()), entry),
-        }
-    }
-
-    pub(super) fn drop(&mut self, gsi: u32) {
-        let place = std::mem::replace(&mut self.places[gsi as usize], NONE);
-        if place == NONE {
-            return;
-        }
-        let last = self.word(self.gsis.len() - 1);
-        let freed = self.word(place.into());
-        self.words.copy_within(last.., freed);
-        self.words.truncate(last);
-        self.gsis.swap_remove(place.into());
-        if let Some(moved) = self.gsis.get(usize::from(place)) {
-            self.places[usize::from(*moved)] = place;
-        }
-        self.count();
-    }
-
-    /// Where the header is, followed by `len()` entries.
+    /// The header, followed by `len()` entries.
     pub(super) fn as_ptr(&self) -> *const u64 {
         self.words.as_ptr()
     }
 
-    pub(super) fn entries(&self) -> &[E] {
-        // SAFETY: the words behind the header hold `len()` entries, each written as an E.
+    pub fn entries(&self) -> &[E] {
+        // SAFETY: the words behind the header hold at least `len()` entries, each written as an E.
         unsafe { std::slice::from_raw_parts(self.words.as_ptr().add(1).cast(), self.len()) }
+    }
+}
+
+/// The image of a kernel's routing table, changed in place.
+///
+/// The entries that `new` is given stay in front for good. Behind them is at most one entry a GSI, in no order:
+/// setting and dropping take constant time, because the last entry takes the place of a dropped one.
+#[derive(Debug)]
+pub struct Table<E> {
+    image: Image<E>,
+    fixed: usize,
+    /// The GSIs of the entries behind the fixed ones.
+    gsis: Vec<u16>,
+    /// The place of a GSI's entry among those, or `NONE`.
+    places: Box<[u16]>,
+}
+
+impl<E: Copy> Table<E> {
+    pub fn new(fixed: &[E]) -> Self {
+        Self {
+            image: Image::copy_of(fixed),
+            fixed: fixed.len(),
+            gsis: Vec::new(),
+            places: vec![NONE; MAX_GSIS as usize].into(),
+        }
+    }
+
+    pub fn image(&self) -> &Image<E> {
+        &self.image
+    }
+
+    pub fn len(&self) -> usize {
+        self.image.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.image.is_empty()
+    }
+
+    pub fn set(&mut self, gsi: u32, entry: E) {
+        match self.places[gsi as usize] {
+            NONE => {
+                self.places[gsi as usize] = self.gsis.len() as u16;
+                self.gsis.push(gsi as u16);
+                self.image.push(entry);
+            }
+            place => self.image.write(self.fixed + usize::from(place), entry),
+        }
+    }
+
+    pub fn drop(&mut self, gsi: u32) {
+        let place = std::mem::replace(&mut self.places[gsi as usize], NONE);
+        if place == NONE {
+            return;
+        }
+        self.image.swap_remove(self.fixed + usize::from(place));
+        self.gsis.swap_remove(place.into());
+        if let Some(moved) = self.gsis.get(usize::from(place)) {
+            self.places[usize::from(*moved)] = place;
+        }
     }
 }
 
@@ -121,9 +154,8 @@ mod tests {
     type Entry = [u32; 4];
 
     fn contents(table: &Table<Entry>) -> BTreeMap<u32, u32> {
-        assert_eq!(table.words[0], table.len() as u64);
-        assert_eq!(table.words.len(), 1 + 2 * table.len());
-        table.entries()[table.fixed..].iter().map(|entry| (entry[0], entry[3])).collect()
+        assert_eq!(table.image.words.len(), 1 + 2 * table.len());
+        table.image.entries()[table.fixed..].iter().map(|entry| (entry[0], entry[3])).collect()
     }
 
     #[test]
@@ -143,7 +175,7 @@ mod tests {
                 model.insert(gsi, step);
             }
             assert_eq!(contents(&table), model);
-            assert_eq!(table.entries()[..2], fixed);
+            assert_eq!(table.image.entries()[..2], fixed);
         }
     }
 

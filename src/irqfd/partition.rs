@@ -12,7 +12,9 @@ use super::route::{IrqFdRoute, Route};
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::owner::{Owner, PerProcess};
-use crate::hypervisor::{Backend, CallError, Hypervisor, MAX_GSIS, Operation, RawMsi, Target, descriptor, kvm};
+use crate::hypervisor::{
+    Backend, CallError, Hypervisor, MAX_GSIS, Operation, PIN_ENTRIES, PIN_GSIS, RawMsi, Target, descriptor,
+};
 
 /// What a GSI is used for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +107,7 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
 /// Checks that a range of GSIs is one that the kernel takes, beside so many kept entries.
 pub fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: usize) -> Result {
     let Range { start, end } = allowed_gsis(pins);
-    let most = (MAX_GSIS as usize - if pins { kvm::PIN_ENTRIES } else { 0 }).saturating_sub(kept);
+    let most = (MAX_GSIS as usize - if pins { PIN_ENTRIES } else { 0 }).saturating_sub(kept);
     if gsis.is_empty() {
         return Err(Error::Invalid(format!("gsis range({}, {}) is empty", gsis.start, gsis.end)));
     }
@@ -131,7 +133,7 @@ pub fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: usize) 
 }
 
 fn allowed_gsis(pins: bool) -> Range<u32> {
-    if pins { kvm::PIN_GSIS..MAX_GSIS } else { 0..MAX_GSIS }
+    if pins { PIN_GSIS..MAX_GSIS } else { 0..MAX_GSIS }
 }
 
 /// Checks that kept entries neither meet each other nor the GSIs that are handed out.

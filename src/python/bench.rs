@@ -10,13 +10,13 @@ use pyo3::sync::MutexExt;
 
 use super::arguments;
 use super::partition::Partition;
-use crate::bench::{Design, Workload, floor, rebuild};
-use crate::hypervisor::bare::Bare;
 use crate::hypervisor::kvm::{self, KvmPartition};
 use crate::hypervisor::mshv::{self, MshvPartition};
-use crate::hypervisor::null::NullPartition;
 use crate::hypervisor::simulated::SimulatedPartition;
 use crate::hypervisor::{Backend, CallError, CallResult};
+use crate::instruments::bare::Bare;
+use crate::instruments::null::NullPartition;
+use crate::instruments::{Design, Workload, floor, rebuild};
 use crate::irqfd::{self, Config};
 
 /// A design of `src/bench` on a partition of its own, with one VP.

@@ -10,19 +10,19 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use super::errors::{ClosedError, plain_os_error};
-use crate::hypervisor::raw::{self, RawEntry, RawIrqfd};
+use crate::instruments::probe::{self, Irqfd, RawEntry};
 use crate::irqfd::{Error, Failure};
 
 /// A partition with VP 0, on which ioctls are made bare and no rule is kept; for `mshv-irqfd probe` alone.
 #[pyclass(frozen, module = "mshv_irqfd._core")]
-pub(crate) struct RawPartition(Mutex<Option<std::sync::Arc<raw::RawPartition>>>);
+pub(crate) struct RawPartition(Mutex<Option<std::sync::Arc<probe::RawPartition>>>);
 
 fn entries(entries: Vec<(u32, u64, u32)>) -> Vec<RawEntry> {
     entries.into_iter().map(|(gsi, address, data)| RawEntry { gsi, address, data }).collect()
 }
 
 impl RawPartition {
-    fn open(&self, py: Python<'_>) -> PyResult<std::sync::Arc<raw::RawPartition>> {
+    fn open(&self, py: Python<'_>) -> PyResult<std::sync::Arc<probe::RawPartition>> {
         let partition = self.0.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).clone();
         partition.ok_or_else(|| ClosedError::new_err("the partition is closed"))
     }
@@ -33,8 +33,8 @@ impl RawPartition {
     #[new]
     fn new(py: Python<'_>, backend: &str, device: PathBuf) -> PyResult<Self> {
         let made = py.detach(|| match backend {
-            "mshv" => Some(raw::RawPartition::mshv(&device)),
-            "kvm" => Some(raw::RawPartition::kvm(&device)),
+            "mshv" => Some(probe::RawPartition::mshv(&device)),
+            "kvm" => Some(probe::RawPartition::kvm(&device)),
             _ => None,
         });
         let made = made.ok_or_else(|| PyValueError::new_err(format!("no backend {backend:?} to probe")))?;
@@ -59,7 +59,7 @@ impl RawPartition {
         resample: Option<RawFd>,
     ) -> PyResult<()> {
         let partition = self.open(py)?;
-        py.detach(|| partition.irqfd(RawIrqfd { event, gsi, deassign, resample }))
+        py.detach(|| partition.irqfd(Irqfd { event, gsi, deassign, resample }))
             .map_err(|error| plain_os_error(&error))
     }
 
@@ -82,7 +82,7 @@ impl RawPartition {
     ) -> PyResult<(u64, u64)> {
         let partition = self.open(py)?;
         let duration = super::arguments::timeout(seconds)?;
-        let irqfd = RawIrqfd { event, gsi, deassign: false, resample: None };
+        let irqfd = Irqfd { event, gsi, deassign: false, resample: None };
         let run = |duration: Duration| partition.push_while_signalling(&entries(table), irqfd, quiesce, duration);
         py.detach(|| run(duration)).map_err(|error| plain_os_error(&error))
     }

@@ -1,23 +1,16 @@
-//! Other ways to do what this crate does, for the bench to set beside it: the bare calls, and the table rebuilt for
-//! every change.
+//! The workloads that the bench times, and the steps that a design takes through them.
 //!
-//! Nothing here is part of the product. Each design brings the same routes through the same workloads on a partition
-//! of its own; what leads up to a workload and away from it is not timed.
-
-mod floor;
-mod rebuild;
+//! Each design brings the same routes through the same workloads on a partition of its own. Only the workload itself is
+//! timed, not the calls that prepare it or clean up after it.
 
 use std::time::{Duration, Instant};
-
-pub use floor::floor;
-pub use rebuild::rebuild;
 
 use crate::hypervisor::{CallError, CallResult, Operation, RawMsi};
 
 /// The lowest GSI that both kernels give to an MSI.
 pub const FIRST_GSI: u32 = 24;
 
-/// What is timed.
+/// One operation that the bench times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workload {
     /// Routes made, without an MSI.
@@ -67,7 +60,7 @@ impl Workload {
         }
     }
 
-    /// What must be there when it begins.
+    /// How far the routes must be brought up when it begins.
     fn begins_with(self) -> Standing {
         match self {
             Self::Create | Self::BringUp => Standing::Nothing,
@@ -79,7 +72,7 @@ impl Workload {
         }
     }
 
-    /// What is there when it ends.
+    /// How far they are brought up when it ends.
     fn ends_with(self) -> Standing {
         match self {
             Self::Create => Standing::Made,
@@ -92,7 +85,7 @@ impl Workload {
 
 /// How far the routes of a design are brought up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
+pub(super) enum Standing {
     Nothing,
     Made,
     Armed,
@@ -101,7 +94,7 @@ enum Standing {
 }
 
 /// A way to run the routes of one partition.
-trait Steps: Send {
+pub(super) trait Steps: Send {
     fn standing(&self) -> Standing;
     fn set_standing(&mut self, standing: Standing);
     /// Comes from any standing to another, by calls that are not timed.
@@ -111,7 +104,7 @@ trait Steps: Send {
 
 /// A design, whatever kernel it is on.
 #[derive(Debug)]
-pub struct Design(Box<dyn Steps>);
+pub struct Design(pub(super) Box<dyn Steps>);
 
 impl std::fmt::Debug for dyn Steps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -141,30 +134,11 @@ impl Design {
 }
 
 /// The MSI of a route: `turn` tells the vectors of one retargeting from those of the next.
-fn msi(index: usize, turn: bool) -> RawMsi {
+pub(super) fn msi(index: usize, turn: bool) -> RawMsi {
     let vector = 0x30 + (index % 64) as u32 + if turn { 64 } else { 0 };
     RawMsi { address: 0xFEE0_0000, data: vector }
 }
 
-fn event_error(call: &'static str) -> impl Fn(std::io::Error) -> CallError {
+pub(super) fn event_error(call: &'static str) -> impl Fn(std::io::Error) -> CallError {
     move |error| CallError::new(Operation::Event, call, error.raw_os_error().unwrap_or(libc::EIO))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::hypervisor::simulated::SimulatedPartition;
-
-    #[test]
-    fn every_workload_of_every_design_can_follow_every_other() {
-        let open = || SimulatedPartition::open().unwrap();
-        for mut design in [floor(open(), 5, false), floor(open(), 5, true), rebuild(open(), 5)] {
-            for first in Workload::ALL {
-                for second in Workload::ALL {
-                    design.run(first, 2).unwrap();
-                    design.run(second, 1).unwrap();
-                }
-            }
-        }
-    }
 }

@@ -1,8 +1,9 @@
 //! The floor: the calls into the kernel that a workload can't do without, in a loop, on tables prepared beforehand.
 
-use super::{Design, FIRST_GSI, Standing, Steps, Workload, event_error, msi};
+use super::bare::Bare;
+use super::workload::{Design, FIRST_GSI, Standing, Steps, Workload, event_error, msi};
 use crate::hypervisor::CallResult;
-use crate::hypervisor::bare::{Bare, Image};
+use crate::hypervisor::table::Image;
 
 struct Floor<K: Bare> {
     kernel: K,

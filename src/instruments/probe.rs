@@ -1,6 +1,4 @@
-//! Bare ioctls on a partition of its own, with no rule kept: for finding out what a kernel does.
-//!
-//! Nothing of the package stands on this. It makes what the rest of the package never makes.
+//! Bare ioctls on a partition of its own, right or wrong, to find out how a kernel takes them.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,12 +6,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_irqfd};
-use mshv_bindings::{MSHV_IRQFD_BIT_DEASSIGN, MSHV_IRQFD_BIT_RESAMPLE, mshv_user_irq_entry, mshv_user_irqfd};
-
-use super::kvm::{self, KvmPartition};
-use super::mshv::{self, MshvPartition};
-use super::{CallResult, Hypervisor};
+use crate::hypervisor::calls;
+pub use crate::hypervisor::calls::Irqfd;
+use crate::hypervisor::event;
+use crate::hypervisor::kvm::KvmPartition;
+use crate::hypervisor::mshv::MshvPartition;
+use crate::hypervisor::table::Image;
+use crate::hypervisor::{CallResult, Hypervisor};
 
 /// A partition with VP 0.
 #[derive(Debug)]
@@ -30,13 +29,11 @@ pub struct RawEntry {
     pub data: u32,
 }
 
-/// What the ioctl for irqfds is to do.
-#[derive(Clone, Copy, Debug)]
-pub struct RawIrqfd {
-    pub event: RawFd,
-    pub gsi: u32,
-    pub deassign: bool,
-    pub resample: Option<RawFd>,
+/// A routing table in a kernel's layout, KVM's pins in front.
+#[derive(Debug)]
+enum RawTable {
+    Mshv(Image<calls::mshv::Entry>),
+    Kvm(Image<calls::kvm::Entry>),
 }
 
 impl RawPartition {
@@ -52,25 +49,16 @@ impl RawPartition {
         Ok(Self::Kvm(partition))
     }
 
-    /// A routing table in the kernel's layout, KVM's pins in front.
-    fn table(&self, entries: &[RawEntry]) -> Vec<u64> {
+    fn table(&self, entries: &[RawEntry]) -> RawTable {
         match self {
             Self::Mshv(_) => {
-                let entries: Vec<_> = entries
-                    .iter()
-                    .map(|entry| mshv_user_irq_entry {
-                        gsi: entry.gsi,
-                        address_lo: entry.address as u32,
-                        address_hi: (entry.address >> 32) as u32,
-                        data: entry.data,
-                    })
-                    .collect();
-                super::table::image(&entries)
+                let entry = |entry: &RawEntry| calls::mshv::entry(entry.gsi, entry.address, entry.data);
+                RawTable::Mshv(Image::copy_of(&entries.iter().map(entry).collect::<Vec<_>>()))
             }
             Self::Kvm(_) => {
-                let mut all = kvm::pins();
-                all.extend(entries.iter().map(|entry| kvm::wide_msi_entry(entry.gsi, entry.address, entry.data)));
-                super::table::image(&all)
+                let entry = |entry: &RawEntry| calls::kvm::entry(entry.gsi, entry.address, entry.data);
+                let all: Vec<_> = calls::kvm::pins().into_iter().chain(entries.iter().map(entry)).collect();
+                RawTable::Kvm(Image::copy_of(&all))
             }
         }
     }
@@ -79,31 +67,17 @@ impl RawPartition {
         self.push(&self.table(entries))
     }
 
-    fn push(&self, table: &[u64]) -> io::Result<()> {
-        // SAFETY: a table made by `table` has the layout of the ioctl's argument and the length it says.
-        unsafe {
-            match self {
-                Self::Mshv(partition) => mshv::set_routing(partition, table.as_ptr()),
-                Self::Kvm(partition) => kvm::set_routing(partition, table.as_ptr()),
-            }
+    fn push(&self, table: &RawTable) -> io::Result<()> {
+        match table {
+            RawTable::Mshv(image) => calls::mshv::set_msi_routing(self, image),
+            RawTable::Kvm(image) => calls::kvm::set_gsi_routing(self, image),
         }
     }
 
-    pub fn irqfd(&self, irqfd: RawIrqfd) -> io::Result<()> {
-        let RawIrqfd { event, gsi, deassign, resample } = irqfd;
-        let flag = |condition, bit: u32| if condition { bit } else { 0 };
+    pub fn irqfd(&self, irqfd: Irqfd) -> io::Result<()> {
         match self {
-            Self::Mshv(_) => {
-                let flags = flag(deassign, 1 << MSHV_IRQFD_BIT_DEASSIGN)
-                    | flag(resample.is_some(), 1 << MSHV_IRQFD_BIT_RESAMPLE);
-                mshv::irqfd(self, &mshv_user_irqfd { fd: event, resamplefd: resample.unwrap_or(0), gsi, flags })
-            }
-            Self::Kvm(_) => {
-                let flags =
-                    flag(deassign, KVM_IRQFD_FLAG_DEASSIGN) | flag(resample.is_some(), KVM_IRQFD_FLAG_RESAMPLE);
-                let resamplefd = resample.unwrap_or(0) as u32;
-                kvm::irqfd(self, &kvm_irqfd { fd: event as u32, gsi, flags, resamplefd, ..Default::default() })
-            }
+            Self::Mshv(_) => calls::mshv::irqfd(self, irqfd),
+            Self::Kvm(_) => calls::kvm::irqfd(self, irqfd),
         }
     }
 
@@ -123,7 +97,7 @@ impl RawPartition {
     pub fn push_while_signalling(
         &self,
         entries: &[RawEntry],
-        irqfd: RawIrqfd,
+        irqfd: Irqfd,
         quiesce: bool,
         duration: Duration,
     ) -> io::Result<(u64, u64)> {
@@ -133,11 +107,7 @@ impl RawPartition {
             let signaller = scope.spawn(|| {
                 let mut signals = 0;
                 while !stop.load(Ordering::Relaxed) {
-                    let one = 1u64;
-                    // SAFETY: eight bytes of a live value.
-                    if unsafe { libc::write(irqfd.event, (&raw const one).cast(), 8) } != 8 {
-                        return Err(io::Error::last_os_error());
-                    }
+                    event::write(irqfd.event, 1)?;
                     signals += 1;
                 }
                 Ok(signals)
@@ -147,7 +117,7 @@ impl RawPartition {
                 let mut pushes = 0;
                 while Instant::now() < end {
                     if quiesce {
-                        self.irqfd(RawIrqfd { deassign: true, ..irqfd })?;
+                        self.irqfd(Irqfd { deassign: true, ..irqfd })?;
                     }
                     self.push(&table)?;
                     if quiesce {

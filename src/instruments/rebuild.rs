@@ -6,8 +6,9 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Design, FIRST_GSI, Standing, Steps, Workload, event_error, msi};
-use crate::hypervisor::bare::{Bare, Image};
+use super::bare::Bare;
+use super::workload::{Design, FIRST_GSI, Standing, Steps, Workload, event_error, msi};
+use crate::hypervisor::table::Image;
 use crate::hypervisor::{CallError, CallResult, Operation, RawMsi};
 
 /// How many states are scanned.

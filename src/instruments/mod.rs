@@ -1,0 +1,35 @@
+//! Instruments that measure kernels and probe them. No part of the product stands on them.
+//!
+//! The bench sets two other designs beside the package: the bare calls ([`floor`]) and a table that is rebuilt for every
+//! change ([`rebuild`]); [`null`] is a kernel that does nothing. [`probe`] makes calls that the package never makes, to
+//! find out how a kernel takes them.
+
+pub mod bare;
+mod floor;
+pub mod null;
+pub mod probe;
+mod rebuild;
+mod workload;
+
+pub use floor::floor;
+pub use rebuild::rebuild;
+pub use workload::{Design, FIRST_GSI, Workload};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::simulated::SimulatedPartition;
+
+    #[test]
+    fn every_workload_of_every_design_can_follow_every_other() {
+        let open = || SimulatedPartition::open().unwrap();
+        for mut design in [floor(open(), 5, false), floor(open(), 5, true), rebuild(open(), 5)] {
+            for first in Workload::ALL {
+                for second in Workload::ALL {
+                    design.run(first, 2).unwrap();
+                    design.run(second, 1).unwrap();
+                }
+            }
+        }
+    }
+}
