@@ -17,7 +17,7 @@ mod _core {
     use crate::python::bench::{Baseline, null_partition};
     #[pymodule_export]
     use crate::python::{
-        batch::Batch, event::EventFd, msi::MsiRoute, partition::Partition, probe::RawPartition, route::IrqFdRoute,
+        event::EventFd, msi::MsiRoute, objects::Batch, objects::IrqFdRoute, objects::Partition, probe::RawPartition,
     };
 
     #[pymodule_init]

@@ -10,6 +10,7 @@ pub mod event;
 pub mod fuzzing;
 pub mod kvm;
 pub mod mshv;
+pub mod observer;
 pub mod owner;
 pub mod simulated;
 pub mod table;
@@ -87,6 +88,7 @@ pub enum Operation {
     CreateVp,
     Open,
     Event,
+    Observe,
 }
 
 /// A call that the kernel refused.
@@ -114,6 +116,13 @@ impl CallError {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
         Self::new(operation, call, errno)
     }
+}
+
+/// The C library's words for an error number.
+pub fn strerror(errno: i32) -> String {
+    let mut text = std::io::Error::from_raw_os_error(errno).to_string();
+    text.truncate(text.rfind(" (os error ").unwrap_or(text.len()));
+    text
 }
 
 pub type CallResult<T = ()> = Result<T, CallError>;
@@ -155,6 +164,19 @@ impl Backend {
         matches!(self, Self::Kvm)
     }
 }
+
+impl std::str::FromStr for Backend {
+    type Err = UnknownBackend;
+
+    fn from_str(name: &str) -> Result<Self, UnknownBackend> {
+        Self::ALL.into_iter().find(|backend| backend.name() == name).ok_or_else(|| UnknownBackend(name.into()))
+    }
+}
+
+/// A name that is no backend's.
+#[derive(Debug, thiserror::Error)]
+#[error("backend {0:?} is unknown; give \"mshv\", \"kvm\" or \"simulated\"")]
+pub struct UnknownBackend(String);
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

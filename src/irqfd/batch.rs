@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use super::commit::Change;
 use super::error::{Error, Result};
 use super::msi::MsiRoute;
 use super::partition::Partition;
-use super::route::{Intent, IrqFdRoute};
+use super::route::IrqFdRoute;
+use super::shared::Intent;
 
 /// Changes that are collected, and then committed together or not at all. Nothing is locked while they are
 /// collected; what they ask of a route is checked against its state at the commit.
@@ -110,7 +112,7 @@ impl<R: AsRef<IrqFdRoute>> Batch<R> {
         for (route, intent, edit) in &routes {
             let new = edit.of(**intent);
             if new != **intent || !route.is_settled(new) {
-                changes.push(new.change(self.partition.index(route.gsi)));
+                changes.push(Change::to(self.partition.index(route.gsi), new));
             }
         }
         if !changes.is_empty() {

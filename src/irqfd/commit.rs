@@ -9,9 +9,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::Failure;
-use super::gsi::GsiAllocator;
-use super::partition::{GsiState, PartitionStats, VpSet};
-use super::route::Route;
+use super::gsi::{GsiAllocator, GsiState};
+use super::msi::MsiRoute;
+use super::shared::{Intent, Route};
+use super::stats::PartitionStats;
+use super::vps::VpSet;
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::{CallError, CallResult, Hypervisor, Operation, RawMsi};
 
@@ -69,8 +71,10 @@ pub(super) struct Change {
 }
 
 impl Change {
-    pub(super) fn new(index: usize, wanted: Option<RawMsi>, drop_entry: bool) -> Self {
-        Self { index, wanted, drop_entry, wanted_before: None, entry_before: None }
+    /// Brings the kernel to an intent.
+    pub(super) fn to(index: usize, intent: Intent) -> Self {
+        let wanted = if intent.masked { None } else { intent.msi.map(MsiRoute::raw) };
+        Self { index, wanted, drop_entry: intent.msi.is_none(), wanted_before: None, entry_before: None }
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::msi::MsiError;
 use crate::hypervisor::event::AdoptError;
-use crate::hypervisor::{CallError, Operation};
+use crate::hypervisor::{CallError, Operation, strerror};
 
 pub type Result<T = ()> = std::result::Result<T, Error>;
 
@@ -37,6 +37,11 @@ pub enum Error {
     Invalid(String),
     #[error("{0}")]
     Unsupported(String),
+    #[error("{device}: {} ({}): {advice}", strerror(error.errno), error.call)]
+    Unavailable { device: String, error: CallError, advice: String },
+    /// A question that this backend's kernel can't be asked.
+    #[error("{0}")]
+    Unobservable(&'static str),
     #[error("{0}")]
     Failed(Box<Failure>),
 }

@@ -1,7 +1,20 @@
-//! Which GSIs are taken, and the lowest that is not.
+//! GSIs: the use that each has, and the lowest that is free.
 
-/// A bit a GSI, set while it is free, and a bit a word, set while the word has one: the lowest free GSI is two
-/// count-trailing-zeros away, whatever is taken.
+/// The use that a GSI has now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GsiState {
+    /// No route has it.
+    Unallocated,
+    /// A route has it and is not armed.
+    Disabled,
+    /// Its route is armed.
+    Enabled,
+    /// A rollback failed and left its route in an unknown or wrong state in the kernel. It is quarantined.
+    Broken,
+}
+
+/// One bit a GSI, set while it is free, and one bit a word, set while the word has a free GSI: the lowest free GSI is
+/// two count-trailing-zeros away, however many are taken.
 #[derive(Debug)]
 pub struct GsiAllocator {
     words: Box<[u64]>,
@@ -22,7 +35,7 @@ impl GsiAllocator {
         Self { words, summary }
     }
 
-    /// Takes the lowest that is free.
+    /// Takes the lowest free one.
     pub fn allocate(&mut self) -> Option<usize> {
         if self.summary == 0 {
             return None;

@@ -4,22 +4,31 @@
 
 mod batch;
 mod commit;
+mod config;
 mod error;
 mod gsi;
 #[cfg(test)]
 #[cfg(shuttle)]
 mod interleavings;
 mod msi;
+mod open;
 mod partition;
 mod route;
+mod shared;
+mod stats;
 mod sync;
 #[cfg(test)]
 #[cfg(not(shuttle))]
 mod tests;
+mod vps;
 
 pub use batch::Batch;
+pub use config::Config;
 pub use error::{Error, Failure, Result};
-pub use gsi::GsiAllocator;
+pub use gsi::{GsiAllocator, GsiState};
 pub use msi::{MsiError, MsiRoute};
-pub use partition::{Config, GsiState, Partition, PartitionStats, VpSet, check_gsis};
+pub use open::{AdoptOptions, DEFAULT_GSIS, Options};
+pub use partition::Partition;
 pub use route::IrqFdRoute;
+pub use stats::PartitionStats;
+pub use vps::VpSet;

@@ -1,93 +1,23 @@
 //! A partition: its GSIs, its routes, its VPs, and the lock under which a kernel is spoken to.
 
-use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError, Weak};
+use std::time::Duration;
 
 use super::commit::{Change, State};
+use super::config::{Config, check_gsis, check_keep};
 use super::error::{Error, Failure, Result};
-use super::gsi::GsiAllocator;
-use super::route::{IrqFdRoute, Route};
+use super::gsi::{GsiAllocator, GsiState};
+use super::shared::{Intent, Route};
+use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
+use super::vps::VpSet;
 use crate::hypervisor::event::EventFd;
+use crate::hypervisor::observer::{ObserveError, Observer};
 use crate::hypervisor::owner::{Owner, PerProcess};
-use crate::hypervisor::{
-    Backend, CallError, Hypervisor, MAX_GSIS, Operation, PIN_ENTRIES, PIN_GSIS, RawMsi, Target, descriptor,
-};
-
-/// What a GSI is used for now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GsiState {
-    /// No route has it.
-    Unallocated,
-    /// A route has it and is not armed.
-    Disabled,
-    /// Its route is armed.
-    Enabled,
-    /// The kernel could not be brought back to what was there before; it is not handed out again.
-    Broken,
-}
-
-/// Counts since a partition was opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PartitionStats {
-    /// Routing tables that the kernel took.
-    pub pushes: u64,
-    /// Entries in those tables, fixed ones (KVM's pins, kept ones) included.
-    pub entries_pushed: u64,
-    /// Changes (of one route or by a batch) that needed no push.
-    pub pushes_skipped: u64,
-    /// irqfds assigned, those of quiesced pushes included.
-    pub arms: u64,
-    /// irqfds deassigned, likewise.
-    pub disarms: u64,
-    /// Calls that the kernel refused.
-    pub failures: u64,
-}
-
-/// How a partition is to be used.
-#[derive(Clone, Debug)]
-pub struct Config {
-    pub backend: Backend,
-    pub gsis: Range<u32>,
-    /// The VPs of an adopted partition, if they are known.
-    pub vps: Option<VpSet>,
-    /// Whether the partition was made by somebody else, who makes its VPs too.
-    pub adopted: bool,
-    pub quiesce: bool,
-    pub allow_missing_vp: bool,
-    /// Entries that the hypervisor keeps in every table.
-    pub keep: Vec<(u32, RawMsi)>,
-}
-
-/// Which APIC ids have a virtual processor.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct VpSet([u64; 4]);
-
-impl VpSet {
-    /// 0xFF is the broadcast destination, so the highest index of a VP is one below.
-    pub const MAX: u8 = 254;
-
-    pub fn insert(&mut self, index: u8) {
-        self.0[usize::from(index / 64)] |= 1 << (index % 64);
-    }
-
-    pub fn contains(&self, index: u8) -> bool {
-        self.0[usize::from(index / 64)] & 1 << (index % 64) != 0
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = u8> + '_ {
-        (0..=Self::MAX).filter(|index| self.contains(*index))
-    }
-}
-
-impl std::fmt::Display for VpSet {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let indexes: Vec<_> = self.iter().map(|index| index.to_string()).collect();
-        f.write_str(if indexes.is_empty() { "none".into() } else { indexes.join(", ") }.as_str())
-    }
-}
+use crate::hypervisor::simulated::Driver;
+use crate::hypervisor::{CallError, Hypervisor, Interrupt, Operation, RawMsi, Target, descriptor};
 
 type Partitions = std::sync::Mutex<Vec<Weak<Partition>>>;
 
@@ -104,58 +34,6 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
     Failure::new(CallError::new(Operation::Open, "madvise (MADV_WIPEONFORK)", errno), None).into()
 }
 
-/// Checks that a range of GSIs is one that the kernel takes, beside so many kept entries.
-pub fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: usize) -> Result {
-    let Range { start, end } = allowed_gsis(pins);
-    let most = (MAX_GSIS as usize - if pins { PIN_ENTRIES } else { 0 }).saturating_sub(kept);
-    if gsis.is_empty() {
-        return Err(Error::Invalid(format!("gsis range({}, {}) is empty", gsis.start, gsis.end)));
-    }
-    if gsis.start < start || gsis.end > end {
-        let pins = if pins { " (0-23 are pins of the IOAPIC)" } else { "" };
-        return Err(Error::Invalid(format!(
-            "gsis range({}, {}) leaves {start}-{}, the GSIs that {backend} takes{pins}",
-            gsis.start,
-            gsis.end,
-            end - 1
-        )));
-    }
-    if gsis.len() > most {
-        return Err(Error::Invalid(format!(
-            "gsis range({}, {}) has {} GSIs; at most {most} fit in a routing table of {backend} beside its fixed \
-             entries",
-            gsis.start,
-            gsis.end,
-            gsis.len()
-        )));
-    }
-    Ok(())
-}
-
-fn allowed_gsis(pins: bool) -> Range<u32> {
-    if pins { PIN_GSIS..MAX_GSIS } else { 0..MAX_GSIS }
-}
-
-/// Checks that kept entries neither meet each other nor the GSIs that are handed out.
-fn check_keep(backend: Backend, pins: bool, gsis: &Range<u32>, keep: &[(u32, RawMsi)]) -> Result {
-    let mut seen = std::collections::HashSet::new();
-    for (gsi, _) in keep {
-        if !allowed_gsis(pins).contains(gsi) {
-            return Err(Error::Invalid(format!("keep: {backend} takes no MSI on GSI {gsi} of this partition")));
-        }
-        if gsis.contains(gsi) {
-            return Err(Error::Invalid(format!(
-                "keep: GSI {gsi} is in gsis range({}, {}), which are handed out",
-                gsis.start, gsis.end
-            )));
-        }
-        if !seen.insert(gsi) {
-            return Err(Error::Invalid(format!("keep: GSI {gsi} is there twice")));
-        }
-    }
-    Ok(())
-}
-
 /// A partition of a hypervisor. Its routes keep it alive; dropping it closes it.
 ///
 /// Locks are taken in this order: a route's, then the partition's; a batch takes its routes by GSI. Under the
@@ -164,6 +42,7 @@ fn check_keep(backend: Backend, pins: bool, gsis: &Range<u32>, keep: &[(u32, Raw
 pub struct Partition {
     owner: Owner,
     config: Config,
+    observer: Observer,
     fd: Option<RawFd>,
     closed: AtomicBool,
     /// Changes of intent that the kernel had no part in, and so not the lock either.
@@ -177,6 +56,15 @@ pub struct Partition {
 impl Partition {
     /// Takes charge of a hypervisor's partition, whose irqfds and routing table nobody else may use.
     pub fn new(hypervisor: Box<dyn Hypervisor>, config: Config) -> Result<Arc<Self>> {
+        Self::observed(hypervisor, Observer::None, config)
+    }
+
+    /// The same, with an observer of the interrupts that arrive.
+    pub(super) fn observed(
+        hypervisor: Box<dyn Hypervisor>,
+        observer: Observer,
+        config: Config,
+    ) -> Result<Arc<Self>> {
         let pins = hypervisor.has_pins();
         check_gsis(config.backend, pins, &config.gsis, config.keep.len())?;
         check_keep(config.backend, pins, &config.gsis, &config.keep)?;
@@ -189,6 +77,7 @@ impl Partition {
             owner,
             fd,
             config,
+            observer,
             closed: AtomicBool::new(false),
             unheard: AtomicU64::new(0),
             turn: Mutex::default(),
@@ -254,12 +143,11 @@ impl Partition {
         (gsi - self.config.gsis.start) as usize
     }
 
-    /// A new route with the lowest free GSI, unmasked and without an MSI, on a new eventfd or on a duplicate of
-    /// the caller's.
-    pub fn new_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
+    /// Makes a route on a new eventfd, or on a duplicate of the caller's.
+    pub(super) fn add_route(&self, event: Option<RawFd>) -> Result<Arc<Route>> {
         self.check_open()?;
         let Some(fd) = event else {
-            return self.add_route(self.lock(), new_event()?);
+            return self.add_route_on(self.lock(), new_event()?);
         };
         // Held to the end, so that two callers can't bring one eventfd at the same time.
         let all = partitions()?;
@@ -268,33 +156,32 @@ impl Partition {
             if let Some(gsi) = other.lock().route_of(&event) {
                 return Err(Error::Invalid(format!(
                     "file descriptor {fd} is the eventfd of the route of GSI {gsi}{}; a route needs one of its own",
-                    if Arc::ptr_eq(self, &other) { "" } else { " of another partition" },
+                    if std::ptr::eq(self, &raw const *other) { "" } else { " of another partition" },
                 )));
             }
         }
-        self.add_route(self.lock(), event)
+        self.add_route_on(self.lock(), event)
     }
 
-    /// A new route on a new eventfd, or `None` if that would have to wait for the partition's lock.
-    pub fn try_new_route(self: &Arc<Self>) -> Result<Option<IrqFdRoute>> {
+    /// Makes a route on a new eventfd, or returns `None` if that would have to wait for the partition's lock.
+    pub(super) fn try_add_route(&self) -> Result<Option<Arc<Route>>> {
         self.check_open()?;
         let state = match self.state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(None),
         };
-        self.add_route(state, new_event()?).map(Some)
+        self.add_route_on(state, new_event()?).map(Some)
     }
 
-    fn add_route(self: &Arc<Self>, mut state: MutexGuard<'_, State>, event: EventFd) -> Result<IrqFdRoute> {
+    fn add_route_on(&self, mut state: MutexGuard<'_, State>, event: EventFd) -> Result<Arc<Route>> {
         if state.closing {
             return Err(closed());
         }
         let index = state.gsis.allocate().ok_or_else(|| Error::Exhausted(self.config.gsis.clone()))?;
         let route = Arc::new(Route::new(self.config.gsis.start + index as u32, event));
         state.slots[index].route = Some(Arc::clone(&route));
-        drop(state);
-        Ok(IrqFdRoute::new(Arc::clone(self), route))
+        Ok(route)
     }
 
     /// Brings the kernel to what `changes` ask for, or leaves everything as it was.
@@ -345,7 +232,7 @@ impl Partition {
             return Ok(());
         }
         let result = self.lock().release(self.index(route.gsi));
-        let closed = super::route::Intent { closed: true, ..*intent };
+        let closed = Intent { closed: true, ..*intent };
         route.set_intent(&mut intent, closed);
         match &result {
             Ok(()) => route.event.close(),
@@ -419,6 +306,20 @@ impl Partition {
         Ok(stats)
     }
 
+    /// Takes the interrupts that arrived, after a wait of at most `wait` for the first. May return early without one.
+    pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
+        self.check_open()?;
+        self.observer
+            .take_interrupts(wait)
+            .map_err(|error| unobservable(error, "the mshv driver does not tell which interrupts arrived"))
+    }
+
+    /// The kernel of a simulated partition.
+    pub fn simulated(&self) -> Result<Arc<Driver>> {
+        self.check_open()?;
+        self.observer.driver().map_err(|error| unobservable(error, "only a simulated partition can do that"))
+    }
+
     /// Closes the routes and gives up the partition. Goes on past errors and reports them at the end.
     pub fn close(&self) -> Result {
         self.check_owner()?;
@@ -451,6 +352,16 @@ impl Partition {
 
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {
+    match error {
+        ObserveError::Closed => closed(),
+        ObserveError::Unsupported => Error::Unobservable(unsupported),
+        ObserveError::Io(error) => {
+            Failure::new(CallError::of(Operation::Observe, "KVM_GET_LAPIC or KVM_SET_LAPIC", &error), None).into()
+        }
+    }
 }
 
 fn new_event() -> Result<EventFd> {

@@ -1,127 +1,15 @@
-//! A route: one GSI, one eventfd, the MSI that a signal becomes, and whether it may.
+//! A route's handle: one GSI, one eventfd, the MSI that a signal becomes, and whether it is masked.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::commit::Change;
 use super::error::{Error, Failure, Result};
+use super::gsi::GsiState;
 use super::msi::MsiRoute;
-use super::partition::{GsiState, Partition};
-use super::sync::{AtomicU64, Mutex, MutexGuard};
-use crate::hypervisor::event::EventFd;
+use super::partition::Partition;
+use super::shared::{ARMED, CLOSED, HAS_MSI, Intent, MASKED, Route};
 use crate::hypervisor::{CallError, Operation};
-
-/// What the owner of a route wants of it. Guarded by the route's lock.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Intent {
-    pub(super) masked: bool,
-    pub(super) msi: Option<MsiRoute>,
-    pub(super) closed: bool,
-}
-
-impl Intent {
-    /// Whether nothing should be armed for it.
-    fn is_idle(self) -> bool {
-        self.masked || self.msi.is_none()
-    }
-
-    /// What the kernel should hold for this: an armed irqfd, or none, and whether its entry may go.
-    pub(super) fn change(self, index: usize) -> Change {
-        let wanted = if self.masked { None } else { self.msi };
-        Change::new(index, wanted.map(MsiRoute::raw), self.msi.is_none())
-    }
-}
-
-/// The part of a route that its partition shares.
-#[derive(Debug)]
-pub(super) struct Route {
-    pub(super) gsi: u32,
-    pub(super) event: EventFd,
-    intent: Mutex<Intent>,
-    /// The intent and what became of it, for readers that wait for nobody.
-    published: AtomicU64,
-}
-
-impl AsRef<EventFd> for Route {
-    fn as_ref(&self) -> &EventFd {
-        &self.event
-    }
-}
-
-const ARMED: u64 = 1 << 63;
-const BROKEN: u64 = 1 << 62;
-const CLOSED: u64 = 1 << 61;
-const MASKED: u64 = 1 << 60;
-const HAS_MSI: u64 = 1 << 59;
-const OF_PARTITION: u64 = ARMED | BROKEN;
-
-impl Route {
-    pub(super) fn new(gsi: u32, event: EventFd) -> Self {
-        Self { gsi, event, intent: Mutex::default(), published: AtomicU64::new(0) }
-    }
-
-    pub(super) fn lock(&self) -> MutexGuard<'_, Intent> {
-        self.intent.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn load(&self) -> u64 {
-        self.published.load(Ordering::Acquire)
-    }
-
-    fn update(&self, clear: u64, set: u64) {
-        // Two writers, under different locks, own different bits.
-        let _before =
-            self.published.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| Some(bits & !clear | set));
-    }
-
-    /// Called under the partition's lock.
-    pub(super) fn publish_kernel(&self, armed: bool, broken: bool) {
-        let set = if armed { ARMED } else { 0 } | if broken { BROKEN } else { 0 };
-        if self.load() & OF_PARTITION != set {
-            self.update(OF_PARTITION, set);
-        }
-    }
-
-    /// Stores a new intent. Called with the route's lock, which `intent` shows.
-    pub(super) fn set_intent(&self, intent: &mut Intent, new: Intent) {
-        *intent = new;
-        let flag = |condition, bit| if condition { bit } else { 0 };
-        let bits =
-            flag(new.closed, CLOSED) | flag(new.masked, MASKED) | new.msi.map_or(0, |msi| HAS_MSI | msi.pack());
-        self.update(!OF_PARTITION, bits);
-    }
-
-    /// Whether the kernel holds what this intent asks for.
-    pub(super) fn is_settled(&self, intent: Intent) -> bool {
-        (self.load() & ARMED != 0) == (!intent.masked && intent.msi.is_some())
-    }
-
-    pub(super) fn check(&self, intent: &Intent) -> Result {
-        if intent.closed {
-            return Err(self.closed());
-        }
-        if self.load() & BROKEN != 0 {
-            return Err(Error::Broken(self.gsi));
-        }
-        Ok(())
-    }
-
-    pub(super) fn closed(&self) -> Error {
-        Error::Closed(format!("the route that had GSI {} (unallocated by now, or another route's)", self.gsi))
-    }
-
-    fn state(&self) -> GsiState {
-        let bits = self.load();
-        if bits & BROKEN != 0 {
-            GsiState::Broken
-        } else if bits & ARMED != 0 {
-            GsiState::Enabled
-        } else {
-            GsiState::Disabled
-        }
-    }
-}
 
 /// A route of a partition. Dropping it closes it.
 ///
@@ -133,11 +21,22 @@ pub struct IrqFdRoute {
     route: Arc<Route>,
 }
 
-impl IrqFdRoute {
-    pub(super) fn new(partition: Arc<Partition>, route: Arc<Route>) -> Self {
-        Self { partition, route }
+impl Partition {
+    /// Makes a route with the lowest free GSI, unmasked and without an MSI, on a new eventfd or on a duplicate of the
+    /// caller's.
+    pub fn new_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
+        let route = self.add_route(event)?;
+        Ok(IrqFdRoute { partition: Arc::clone(self), route })
     }
 
+    /// Makes a route on a new eventfd, or returns `None` if that would have to wait for the partition's lock.
+    pub fn try_new_route(self: &Arc<Self>) -> Result<Option<IrqFdRoute>> {
+        let route = self.try_add_route()?;
+        Ok(route.map(|route| IrqFdRoute { partition: Arc::clone(self), route }))
+    }
+}
+
+impl IrqFdRoute {
     pub(super) fn is_of(&self, partition: &Arc<Partition>) -> bool {
         Arc::ptr_eq(&self.partition, partition)
     }
@@ -253,7 +152,8 @@ impl IrqFdRoute {
         if intent.is_idle() && new.is_idle() && new.msi.is_some() {
             self.partition.count_unheard();
         } else {
-            self.partition.apply(&mut [new.change(self.partition.index(self.route.gsi))])?;
+            let index = self.partition.index(self.route.gsi);
+            self.partition.apply(&mut [Change::to(index, new)])?;
         }
         self.route.set_intent(&mut intent, new);
         Ok(())

@@ -10,24 +10,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyRange, PyRangeMethods};
 
 use super::errors::bad_integer;
-use super::msi::MsiRoute;
 use crate::hypervisor::{MAX_GSIS, RawMsi};
 use crate::irqfd::{self, VpSet};
 
-/// An MSI given as one `MsiRoute` or as address and data.
-pub(super) fn msi(address: &Bound<'_, PyAny>, data: Option<&Bound<'_, PyAny>>) -> PyResult<irqfd::MsiRoute> {
-    if let Ok(route) = address.cast::<MsiRoute>() {
-        return match data {
-            None => Ok(route.get().0),
-            Some(_) => Err(PyTypeError::new_err("an MsiRoute has its data already; give no second argument")),
-        };
-    }
-    let Some(data) = data else {
-        return Err(PyTypeError::new_err("give an MsiRoute, or an MSI address and data"));
-    };
-    address_and_data(address, data)
-}
-
+/// The address and data of an MSI.
 pub(super) fn address_and_data(address: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<irqfd::MsiRoute> {
     let number = |value: &Bound<'_, PyAny>, name, range| {
         value.extract::<u64>().map_err(|error| bad_integer(&error, value, name, range))
@@ -70,7 +56,7 @@ pub(super) fn gsis(value: &Bound<'_, PyAny>) -> PyResult<Range<u32>> {
 }
 
 /// VPs: how many (from 0 up), or which.
-pub(super) fn vps(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+pub(super) fn vps(value: &Bound<'_, PyAny>) -> PyResult<VpSet> {
     let range = "VP indexes are 0 to 254";
     let index = |value: &Bound<'_, PyAny>, name: &str, most: i64| {
         let number = value.extract::<i64>().map_err(|error| bad_integer(&error, value, name, range))?;
@@ -85,7 +71,7 @@ pub(super) fn vps(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
         for item in items {
             all.insert(index(&item?, "VP index", VpSet::MAX.into())?);
         }
-        return Ok(all.iter().collect());
+        return Ok(all);
     }
     let count = index(value, "vps", i64::from(VpSet::MAX) + 1)?;
     Ok((0..count).collect())

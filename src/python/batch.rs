@@ -1,52 +1,19 @@
 //! `Batch` in Python.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
-use super::arguments;
 use super::errors::ClosedError;
-use super::partition::Partition;
-use super::route::IrqFdRoute;
+use super::msi;
+use super::objects::{Batch, Edits, IrqFdRoute, Kept, Partition};
 use crate::irqfd;
-
-/// Changes to several routes of one partition, made together with one push at the most, or not at all.
-///
-/// Made by `Partition.batch()`. Arguments are checked at each call, the state of the routes at the commit; the last
-/// word on a route wins. Leaving the `with` body commits; leaving it by an exception applies nothing. No lock is
-/// held meanwhile. A batch can be committed once.
-///
-/// Example:
-///     >>> partition = open_partition("simulated")
-///     >>> routes = [partition.new_irqfd_route() for _ in range(3)]
-///     >>> with partition.batch() as batch:
-///     ...     for number, route in enumerate(routes):
-///     ...         batch.set_msi(route, MsiRoute.fixed(0x40 + number, 0))
-///     >>> partition.stats().pushes
-///     1
-///     >>> partition.close()
-#[pyclass(frozen, module = "mshv_irqfd._core")]
-pub(crate) struct Batch {
-    open: Mutex<Option<Edits>>,
-    partition: Py<Partition>,
-}
-
-type Edits = irqfd::Batch<Kept>;
-
-/// A route that only the batch knows must not be finalized before the commit.
-struct Kept(Py<IrqFdRoute>);
-
-impl AsRef<irqfd::IrqFdRoute> for Kept {
-    fn as_ref(&self) -> &irqfd::IrqFdRoute {
-        &self.0.get().route
-    }
-}
 
 impl Batch {
     pub(super) fn of(partition: &Bound<'_, Partition>) -> PyResult<Self> {
-        let edits = irqfd::Batch::new(std::sync::Arc::clone(&partition.get().core))?;
+        let edits = irqfd::Batch::new(Arc::clone(&partition.get().core))?;
         Ok(Self { open: Mutex::new(Some(edits)), partition: partition.clone().unbind() })
     }
 
@@ -79,7 +46,7 @@ impl Batch {
         address: &Bound<'_, PyAny>,
         data: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let msi = arguments::msi(address, data)?;
+        let msi = msi::from_arguments(address, data)?;
         self.edit(route, |edits, route| edits.set_msi(route, msi))
     }
 

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use super::arguments;
-use super::partition::Partition;
+use super::objects::Partition;
 use crate::hypervisor::kvm::{self, KvmPartition};
 use crate::hypervisor::mshv::{self, MshvPartition};
 use crate::hypervisor::simulated::SimulatedPartition;
@@ -93,5 +93,5 @@ pub(crate) fn null_partition(py: Python<'_>, gsis: &Bound<'_, PyAny>) -> PyResul
         core.create_vp(0)?;
         Ok(core)
     })?;
-    Ok(Partition::unobserved(core))
+    Ok(Partition::new(core))
 }

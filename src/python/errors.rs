@@ -4,7 +4,7 @@ use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 
-use crate::hypervisor::Operation;
+use crate::hypervisor::{CallError, Operation, strerror};
 use crate::irqfd::{Error, Failure};
 
 /// Exceptions that Python defines, and what looks each up once, when the module is imported. While an interpreter ends,
@@ -46,6 +46,10 @@ impl From<Error> for PyErr {
             Error::Exhausted(_) => GsiExhaustedError::new_err(text),
             Error::Broken(_) => RouteBrokenError::new_err(text),
             Error::MissingVp { .. } => MissingVpError::new_err(text),
+            Error::Unobservable(_) => PyTypeError::new_err(text),
+            Error::Unavailable { error, advice, .. } => {
+                Python::attach(|py| unavailable(py, &error, &advice, &text).unwrap_or_else(|error| error))
+            }
             Error::Unsupported(_) => UnsupportedOperation::new_err(text),
             Error::Failed(failure) => Python::attach(|py| call_error(py, &failure).unwrap_or_else(|error| error)),
             Error::Adopt(crate::hypervisor::event::AdoptError::NotOpen { .. }) => {
@@ -60,24 +64,20 @@ impl From<Error> for PyErr {
     }
 }
 
-/// What the C library calls an error number, as `os.strerror()` says it.
-fn strerror(errno: i32) -> String {
-    let mut text = std::io::Error::from_raw_os_error(errno).to_string();
-    text.truncate(text.rfind(" (os error ").unwrap_or(text.len()));
-    text
-}
-
 /// An `OSError` of an errno, which the conversion that comes with PyO3 would leave out.
 pub(super) fn plain_os_error(error: &std::io::Error) -> PyErr {
     match error.raw_os_error() {
-        Some(errno) => PyOSError::new_err((errno, strerror(errno))),
+        Some(errno) => os_error_of(errno),
         None => PyOSError::new_err(error.to_string()),
     }
 }
 
-/// What duplicating or looking at a caller's eventfd ran into.
+fn os_error_of(errno: i32) -> PyErr {
+    PyOSError::new_err((errno, strerror(errno)))
+}
+
+/// An error of duplicating or inspecting a caller's eventfd.
 fn os_error(py: Python<'_>, errno: i32, text: &str) -> PyResult<PyErr> {
-    use crate::hypervisor::CallError;
     let error = CallError::new(Operation::Event, "fcntl (F_DUPFD_CLOEXEC)", errno);
     exception(&py.get_type::<IrqFdError>(), &Failure::new(error, None), text)
 }
@@ -88,6 +88,7 @@ fn call_error(py: Python<'_>, failure: &Failure) -> PyResult<PyErr> {
         Operation::AssignIrqfd | Operation::DeassignIrqfd | Operation::Event => py.get_type::<IrqFdError>(),
         Operation::CreateVp => py.get_type::<VpError>(),
         Operation::Open => py.get_type::<HypervisorUnavailableError>(),
+        Operation::Observe => return Ok(os_error_of(failure.error.errno)),
     };
     exception(&class, failure, &failure.to_string())
 }
@@ -101,17 +102,12 @@ fn exception(class: &Bound<'_, PyType>, failure: &Failure, text: &str) -> PyResu
     Ok(PyErr::from_value(class.call((errno, format!("{}: {text}", strerror(errno))), Some(&attributes))?))
 }
 
-/// A device node that gives no partition: what was tried, and what to do.
-pub(super) fn unavailable(py: Python<'_>, device: &str, failure: &Failure, advice: &str) -> PyErr {
-    let make = || -> PyResult<PyErr> {
-        let errno = failure.error.errno;
-        let attributes = PyDict::new(py);
-        attributes.set_item("ioctl", failure.error.call)?;
-        attributes.set_item("hint", advice)?;
-        let text = format!("{device}: {} ({}): {advice}", strerror(errno), failure.error.call);
-        Ok(PyErr::from_value(py.get_type::<HypervisorUnavailableError>().call((errno, text), Some(&attributes))?))
-    };
-    make().unwrap_or_else(|error| error)
+fn unavailable(py: Python<'_>, error: &CallError, advice: &str, text: &str) -> PyResult<PyErr> {
+    let attributes = PyDict::new(py);
+    attributes.set_item("ioctl", error.call)?;
+    attributes.set_item("hint", advice)?;
+    let class = py.get_type::<HypervisorUnavailableError>();
+    Ok(PyErr::from_value(class.call((error.errno, text), Some(&attributes))?))
 }
 
 /// An argument of the wrong type, or an integer too large or too small for any kernel, named in the words of the caller.

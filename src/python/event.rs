@@ -10,7 +10,7 @@ use pyo3::types::PyType;
 
 use super::arguments;
 use super::errors::{ClosedError, bad_integer};
-use super::route::IrqFdRoute;
+use super::objects::IrqFdRoute;
 use crate::hypervisor::event;
 use crate::hypervisor::owner::Owner;
 use crate::hypervisor::{CallError, Operation};

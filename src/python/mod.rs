@@ -2,12 +2,13 @@
 //! become exceptions. No rule of the package is decided here.
 
 mod arguments;
-pub(crate) mod batch;
+mod batch;
 pub(crate) mod bench;
 pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;
-pub(crate) mod partition;
+pub(crate) mod objects;
+mod partition;
 pub(crate) mod probe;
-pub(crate) mod route;
+mod route;
 mod values;

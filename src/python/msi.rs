@@ -2,7 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -31,6 +31,23 @@ use crate::irqfd;
 #[pyclass(frozen, eq, module = "mshv_irqfd")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MsiRoute(pub(super) irqfd::MsiRoute);
+
+/// An MSI given as one `MsiRoute` or as address and data.
+pub(super) fn from_arguments(
+    address: &Bound<'_, PyAny>,
+    data: Option<&Bound<'_, PyAny>>,
+) -> PyResult<irqfd::MsiRoute> {
+    if let Ok(route) = address.cast::<MsiRoute>() {
+        return match data {
+            None => Ok(route.get().0),
+            Some(_) => Err(PyTypeError::new_err("an MsiRoute has its data already; give no second argument")),
+        };
+    }
+    let Some(data) = data else {
+        return Err(PyTypeError::new_err("give an MsiRoute, or an MSI address and data"));
+    };
+    arguments::address_and_data(address, data)
+}
 
 #[pymethods]
 impl MsiRoute {

@@ -7,36 +7,9 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
-use super::partition::Partition;
-use super::{arguments, msi, values};
+use super::objects::{IrqFdRoute, Partition};
+use super::{msi, values};
 use crate::irqfd;
-
-/// A route: one GSI, one eventfd, and the MSI that a signal on it becomes.
-///
-/// Made by `Partition.new_irqfd_route()`, unmasked and without an MSI. Whoever has the eventfd (a device model,
-/// VFIO, vhost) signals it, and the kernel raises the MSI in the guest. A signal that comes while the route is not
-/// armed (masked, without an MSI, or about to be armed again) stays in the eventfd; arming then raises one
-/// interrupt for all that is pending.
-///
-/// Threads may share a route; its properties are read without waiting. Close it, or use `with`. In a forked child
-/// only `signal()` and `fileno()` work; the rest raises `ForkedError`.
-///
-/// Raises:
-///     ClosedError: from nearly everything, once it is closed.
-///     RouteBrokenError: from everything that would change it, once it is broken (`GsiState.BROKEN`).
-///
-/// Example:
-///     >>> partition = open_partition("simulated")
-///     >>> route = partition.new_irqfd_route()
-///     >>> route.set_msi(0xFEE00000, 0x41)
-///     >>> route
-///     <IrqFdRoute gsi=24 ENABLED 0xfee00000/0x0041 (vector 0x41 to APIC 0)>
-///     >>> partition.close()
-#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
-pub(crate) struct IrqFdRoute {
-    pub(super) route: irqfd::IrqFdRoute,
-    partition: Py<Partition>,
-}
 
 impl IrqFdRoute {
     pub(super) fn signal_times(&self, py: Python<'_>, n: u64) -> PyResult<()> {
@@ -114,7 +87,7 @@ impl IrqFdRoute {
     ///     RoutingError, IrqFdError: the kernel refused; everything is as it was.
     #[pyo3(signature = (address, data=None))]
     fn set_msi(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-        let msi = arguments::msi(address, data)?;
+        let msi = msi::from_arguments(address, data)?;
         Ok(py.detach(|| self.route.set_msi(msi))?)
     }
 
