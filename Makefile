@@ -96,6 +96,7 @@ lint: build-dev ## Checks format, style, types, and the stub against the module
 	cargo fmt --check
 	cargo clippy --quiet --locked --all-targets --all-features -- --deny warnings
 	cargo clippy --quiet --locked --all-targets -- --deny warnings
+	$(RUN) tools/import_floors.py --check
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy
