@@ -2,32 +2,31 @@
 /*
  * hvstub - stands in for the Microsoft hypervisor beneath the mshv root driver.
  *
- * Linked into a kernel beside the driver (drivers/hv/mshv_*.c, which is left as it is), this file answers
- * the hypercalls that the driver makes and plays the registers that it reads, so that /dev/mshv comes up on
- * a machine without a Microsoft hypervisor. It keeps partitions, VPs, ports and deposited memory, records
- * every interrupt that the driver asks for, and lets tests look and interfere through /dev/hvstub. It runs
- * no guest code.
+ * Linked into a kernel beside the unmodified driver (drivers/hv/mshv_*.c), this file answers the driver's
+ * hypercalls and emulates the registers that it reads, so that /dev/mshv comes up on a machine without a
+ * Microsoft hypervisor. It keeps partitions, VPs, ports and deposited memory, records every interrupt that
+ * the driver asks for, and lets tests inspect and interfere through /dev/hvstub. It runs no guest code.
  *
- * Kernel command line: hvstub.scheduler=N, the scheduler the driver is told of (enum hv_scheduler_type:
+ * Kernel command line: hvstub.scheduler=N, the scheduler reported to the driver (enum hv_scheduler_type:
  * 1 LP, 2 LP with SMT, 3 core, 4 root).
  *
  * /dev/hvstub
  *   read   struct hvstub_interrupt records, oldest first; whole records only. Blocks unless O_NONBLOCK.
- *          When the buffer was full, records are dropped until the reader has taken all that were kept and
- *          was told by one EOVERFLOW: the records on either side of that error have no other gap.
+ *          When the buffer is full, records are dropped until the reader has taken every kept record and one
+ *          EOVERFLOW, which marks the gap. There is no other gap between records.
  *   poll   readable when read would not block
- *   ioctl  HVSTUB_STATE     what the stand-in holds
+ *   ioctl  HVSTUB_STATE     the stand-in's counts
  *          HVSTUB_FAIL      fail the nth hypercall of a kind, once; nth counts from this call; nth 0: no fault.
- *                           Ends with the file it was asked for on.
- *          HVSTUB_FAULT     the fault asked for last: how many such hypercalls came since, and whether it struck
- *          HVSTUB_VECTORS   the vectors in a VP's register page; with .clear they are taken, as dispatching would
+ *                           Closing the file that requested the fault cancels it.
+ *          HVSTUB_FAULT     the last requested fault: how many such hypercalls have come since, and whether it struck
+ *          HVSTUB_VECTORS   the vectors in a VP's register page; with .clear, read and cleared, as by a dispatch
  *          HVSTUB_WRITE     a guest's MMIO write: rings the doorbells that match, through the driver's interrupt
  *                           handler; they have rung when the call returns
  *   HVCALL_GET_PARTITION_PROPERTY of HVSTUB_PROPERTY_ID (MSHV_ROOT_HVCALL on a partition's descriptor) gives
- *   the partition's id, which the driver tells nobody.
+ *   the partition's id, which the driver does not reveal.
  *
- * Memory. As with the real hypervisor, everything lives in pages that were deposited: objects and VP state pages
- * in the partition's own, partitions, ports and statistics pages in the root's. Where there are too few, the
+ * Memory. As with the real hypervisor, everything lives in deposited pages: objects and VP state pages
+ * in the partition's own, partitions, ports and statistics pages in the root's. If there are too few, the
  * answer is HV_STATUS_INSUFFICIENT_MEMORY, and the driver deposits more. So nothing is allocated here, with
  * interrupts off or on, and an injected allocation failure is always the driver's. The root's pages are kept
  * for reuse, as the driver never asks for them back.
@@ -51,29 +50,29 @@
 #include "mshv.h"
 #include "mshv_root.h"
 
-/* ---- what user space sees (host byte order) ---- */
+/* ---- interface to user space (host byte order) ---- */
 
 struct hvstub_interrupt {
 	u64 partition_id;
 	u64 destination;	/* hv_input_assert_virtual_interrupt.dest_addr */
 	u64 control;		/* union hv_interrupt_control: type in bits 0-31, level 32, logical 33 */
 	u32 vector;
-	u32 status;		/* HV_STATUS that the driver was given, and ignores */
+	u32 status;		/* the HV_STATUS answer, which the driver ignores */
 };
 
 struct hvstub_state {
 	u64 scheduler;
 	u64 hypercalls;		/* since boot */
-	u64 partitions;		/* these and the next three: that exist now, without the root's own */
+	u64 partitions;		/* this and the next three: existing now, without the root's own */
 	u64 vps;
 	u64 ports;
 	u64 connections;
-	u64 mapped_pages;	/* VP state and statistics pages that are mapped now, the root's own included */
-	u64 guest_pages;	/* deposited to partitions that exist, and not given back */
+	u64 mapped_pages;	/* VP state and statistics pages mapped now, including the root's own */
+	u64 guest_pages;	/* deposited to existing partitions, and not withdrawn */
 	u64 root_pages;		/* deposited to the root, in use or kept for reuse */
 	u64 stranded_pages;	/* since boot: left behind in deleted partitions; counted in root_pages too */
 	u64 recorded;		/* interrupts since boot */
-	u64 lost;		/* of these, dropped because nobody read */
+	u64 lost;		/* of these, dropped because the buffer was full */
 };
 
 struct hvstub_fail {
@@ -100,7 +99,7 @@ struct hvstub_write {
 	u64 gpa;
 	u64 value;
 	u32 size;
-	u32 rung;		/* out: how many doorbells matched and were taken by the driver */
+	u32 rung;		/* out: how many doorbells matched and reached the driver */
 };
 
 #define HVSTUB_STATE	_IOR('h', 0, struct hvstub_state)
@@ -111,7 +110,7 @@ struct hvstub_write {
 
 #define HVSTUB_PROPERTY_ID	0x68760001
 
-/* ---- what the stand-in holds; objects fill one deposited page each ---- */
+/* ---- state; each object fills one deposited page ---- */
 
 #define ROOT_ID		1
 #define RECORDS		(1u << 17)
@@ -156,7 +155,7 @@ struct synic {				/* one CPU's synthetic interrupt controller */
 	u8 head;			/* next slot of the doorbell ring */
 };
 
-/* Protects all below. Raw and taken with interrupts off: signalling an irqfd gets here under a wait queue's lock. */
+/* Protects all below. Raw, taken with interrupts off: signalling an irqfd comes here with a wait queue's lock held. */
 static DEFINE_RAW_SPINLOCK(lock);
 static LIST_HEAD(partitions);
 static LIST_HEAD(ports);
@@ -172,10 +171,10 @@ static struct file *fault_owner;
 
 static struct hvstub_interrupt *records;
 static u64 records_head, records_tail;	/* written, taken: never wrap */
-static bool records_lost;		/* dropping until the reader was told */
+static bool records_lost;		/* dropping until the reader has had EOVERFLOW */
 
 static DEFINE_PER_CPU(struct synic, synics);
-static DEFINE_MUTEX(reader);		/* one reader at a time: what is being copied stays in the buffer */
+static DEFINE_MUTEX(reader);		/* one reader at a time: records stay in the buffer while they are copied */
 static DEFINE_MUTEX(ringer);		/* one MMIO write at a time */
 static DECLARE_WAIT_QUEUE_HEAD(readable);
 
@@ -625,7 +624,7 @@ static int ring_doorbells(struct hvstub_write *write)
 	return full || write->rung != n ? -EIO : 0;
 }
 
-/* ---- properties: what was set is given back, everything else reads 0 ---- */
+/* ---- properties: a property reads back as it was set, otherwise as 0 ---- */
 
 static u64 get_property(u64 id, u32 code, u64 *value)
 {
@@ -756,7 +755,7 @@ static u64 answer(u16 code, void *in, void *out, u64 first, u64 second, unsigned
 		return status ?: done;
 	case HVCALL_SET_VP_REGISTERS:
 		return find_vp(*(u64 *)in, ((struct hv_input_set_vp_registers *)in)->vp_index, &p, &vp) ?: done;
-	case HVCALL_GET_VP_STATE:	/* pages given to be filled come zeroed, which is the state that all VPs here have */
+	case HVCALL_GET_VP_STATE:	/* the pages to fill arrive zeroed, and zeros are the state of every VP here */
 		status = find_vp(*(u64 *)in, ((struct hv_input_get_vp_state *)in)->vp_index, &p, &vp);
 		if (!status)
 			memset(out, 0, sizeof(union hv_output_get_vp_state));
@@ -772,7 +771,7 @@ static u64 answer(u16 code, void *in, void *out, u64 first, u64 second, unsigned
 		return find_partition(first) ? HV_STATUS_SUCCESS : HV_STATUS_INVALID_PARTITION_ID;
 	case HVCALL_NOTIFY_PORT_RING_EMPTY:
 		return HV_STATUS_SUCCESS;
-	/* Guest memory and interception: of no consequence as long as no guest code runs. */
+	/* Guest memory and interception: without effect, as no guest code runs. */
 	case HVCALL_MAP_GPA_PAGES:
 	case HVCALL_UNMAP_GPA_PAGES:
 	case HVCALL_GET_GPA_PAGES_ACCESS_STATES:
@@ -787,7 +786,7 @@ static u64 answer(u16 code, void *in, void *out, u64 first, u64 second, unsigned
 	case HVCALL_RELEASE_SPARSE_SPA_PAGE_HOST_ACCESS:
 		return done;
 	default:
-		pr_info_ratelimited("hvstub: hypercall %#06x is not known here\n", code);
+		pr_info_ratelimited("hvstub: unknown hypercall %#06x\n", code);
 		return HV_STATUS_INVALID_HYPERCALL_CODE;
 	}
 }
@@ -1053,7 +1052,7 @@ static int __init allocate_synic(struct synic *synic)
 	return 0;
 }
 
-/* Does what hyperv_init() would, had the kernel found a hypervisor; before the driver's device_initcall. */
+/* Replaces hyperv_init(), as the kernel finds no hypervisor; runs before the driver's device_initcall. */
 static int __init hvstub_init(void)
 {
 	int cpu, ret;
