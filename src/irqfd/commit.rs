@@ -1,9 +1,9 @@
-//! The order of calls: how the kernel is brought from what it holds to what is wanted, and back if it refuses.
+//! The order of calls that changes the kernel's state, and the rollback if the kernel refuses one.
 //!
-//! Forward: disarm what must not be armed (around a quiesced push: everything), change the table, push it once
-//! if an armed route's entry is not in the kernel's table, arm. So an irqfd is armed only while the kernel's
-//! table has its entry. Back: disarm what was not armed before, push the old table only if a route that was
-//! armed would stand on a wrong entry, arm again.
+//! Forward: disarm every route that must not be armed (around a quiesced push: all), change the image, push it once if
+//! the kernel's table lacks a wanted entry, arm. So an irqfd is armed only while the kernel's table has its entry.
+//! Rollback: disarm every route that was not armed before, push the old table only if an armed route's entry would be
+//! stale otherwise, arm again.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use super::vps::VpSet;
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::{CallError, CallResult, Hypervisor, Operation, RawMsi};
 
-/// What the partition's lock guards.
+/// The state that the partition's lock guards.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) hypervisor: Option<Box<dyn Hypervisor>>,
@@ -30,26 +30,26 @@ pub(super) struct State {
     range: Range<u32>,
     /// The slots whose irqfd is registered, in no order.
     armed: Vec<u16>,
-    /// The slots whose entry in the hypervisor's table may differ from the kernel's since the last push.
-    stale: Vec<u16>,
-    /// The slots that should be armed and could not be armed again after a failure.
-    lapsed: Vec<u16>,
+    /// The slots whose entry in the image may differ from the kernel's since the last push.
+    dirty: Vec<u16>,
+    /// The slots that wait to be re-armed, because a rollback could not arm them again.
+    waiting: Vec<u16>,
 }
 
-/// All that is known of one GSI.
+/// The state of one GSI.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
     pub(super) route: Option<Arc<Route>>,
-    /// The MSI with which it should be armed, if it should.
+    /// The MSI that it should be armed with; none if it should be disarmed.
     wanted: Option<RawMsi>,
-    /// Its entry in the hypervisor's table, which the next push makes the kernel's.
+    /// Its entry in the image, which the next push makes the kernel's.
     entry: Option<RawMsi>,
     /// Its entry in the kernel's table.
     kernel: Option<RawMsi>,
     /// Its place in `armed`, counted from 1.
     armed: u16,
-    /// Whether it is in `stale`.
-    stale: bool,
+    /// Whether it is in `dirty`.
+    dirty: bool,
     broken: bool,
 }
 
@@ -59,7 +59,7 @@ impl Slot {
     }
 }
 
-/// What is to become of a slot, and what it was.
+/// The state that a slot is to have, and the one that it had.
 #[derive(Debug)]
 pub(super) struct Change {
     pub(super) index: usize,
@@ -95,8 +95,8 @@ impl State {
             stats: PartitionStats::default(),
             range,
             armed: Vec::with_capacity(size),
-            stale: Vec::with_capacity(size),
-            lapsed: Vec::new(),
+            dirty: Vec::with_capacity(size),
+            waiting: Vec::new(),
         }
     }
 
@@ -137,9 +137,9 @@ impl State {
         })
     }
 
-    /// Registers a slot's irqfd, which is to be drained then.
+    /// Registers a slot's irqfd. The caller drains it then.
     fn assign(&mut self, index: usize) -> Result<(), Failure> {
-        debug_assert!(!self.stands_wrong(index), "an armed irqfd has its entry in the kernel's table");
+        debug_assert!(!self.is_stale(index), "an armed irqfd has its entry in the kernel's table");
         self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.assign(gsi, route))?;
         self.stats.arms += 1;
         self.armed.push(index as u16);
@@ -147,7 +147,7 @@ impl State {
         Ok(())
     }
 
-    /// Drains what was assigned last, from a place in `armed` on.
+    /// Drains the routes assigned last, from a place in `armed` on.
     fn drain(&mut self, from: usize) -> Result<(), Failure> {
         if self.armed.len() == from {
             return Ok(());
@@ -163,7 +163,7 @@ impl State {
         for (place, error) in failed {
             let index = usize::from(fresh[place]);
             let failure = self.counted(Err(error), Some(self.gsi(index)));
-            // What can't be drained could be delivered twice, so the irqfd must not stay.
+            // A counter that can't be drained could be delivered twice, so the irqfd must not stay.
             let disarmed = self.disarm(index);
             result = result.and(disarmed).and(failure);
         }
@@ -185,15 +185,15 @@ impl State {
         let entries = self.call(|hypervisor| hypervisor.push())?;
         self.stats.pushes += 1;
         self.stats.entries_pushed += entries as u64;
-        for index in self.stale.drain(..) {
+        for index in self.dirty.drain(..) {
             let slot = &mut self.slots[usize::from(index)];
             slot.kernel = slot.entry;
-            slot.stale = false;
+            slot.dirty = false;
         }
         Ok(())
     }
 
-    /// Changes the hypervisor's table: memory only.
+    /// Changes the image. Makes no call.
     fn put_entry(&mut self, index: usize, entry: Option<RawMsi>) {
         let gsi = self.gsi(index);
         let slot = &mut self.slots[index];
@@ -201,8 +201,8 @@ impl State {
             return;
         }
         slot.entry = entry;
-        if !std::mem::replace(&mut slot.stale, true) {
-            self.stale.push(index as u16);
+        if !std::mem::replace(&mut slot.dirty, true) {
+            self.dirty.push(index as u16);
         }
         if let Some(hypervisor) = &mut self.hypervisor {
             match entry {
@@ -224,7 +224,7 @@ impl State {
         let mut disarmed = Vec::new();
         let result = self
             .forward(changes, push, push && quiesce, &mut disarmed)
-            .map_err(|failure| self.back(changes, quiesce, &mut disarmed, failure));
+            .map_err(|failure| self.rollback(changes, quiesce, &mut disarmed, failure));
         if result.is_ok() && !push {
             self.stats.pushes_skipped += 1;
         }
@@ -272,10 +272,10 @@ impl State {
         let again = disarmed.iter().rev().map(|index| usize::from(*index));
         let mut all = changes.iter().map(|change| change.index).chain(again);
         let assigned = all.try_for_each(|index| self.assign_if_wanted(index));
-        // Also after a failure: what was armed again on the way stays armed.
+        // Also after a failure: the routes re-armed until then stay armed.
         assigned.and(self.drain(armed))?;
         if push {
-            self.arm_lapsed();
+            self.arm_waiting();
         }
         Ok(())
     }
@@ -285,13 +285,13 @@ impl State {
             let slot = usize::from(index);
             match self.disarm(slot) {
                 Ok(()) => disarmed.push(index),
-                // It could not be disarmed before either, and the others must not wait for it.
+                // An earlier call could not disarm it either, and the others must not wait for it.
                 Err(_) if self.slots[slot].broken => {}
-                // Its descriptor was closed behind our back. It will never be disarmed, and this is not about it.
+                // Other code closed its descriptor. It can never be disarmed, and this call is not about it.
                 Err(failure)
                     if failure.error.errno == libc::EBADF && changes.iter().all(|change| change.index != slot) =>
                 {
-                    self.set_aside(slot);
+                    self.quarantine(slot);
                     self.publish(slot);
                 }
                 Err(failure) => return Err(failure),
@@ -305,16 +305,15 @@ impl State {
         if slot.wanted.is_some() && !slot.is_armed() { self.assign(index) } else { Ok(()) }
     }
 
-    /// Tries again to arm what an earlier failure left disarmed. Not the business of the call at hand, so a
-    /// failure is no failure of it.
-    fn arm_lapsed(&mut self) {
-        for index in std::mem::take(&mut self.lapsed) {
+    /// Tries again to arm the routes that wait to be re-armed. A failure here is no failure of the call at hand.
+    fn arm_waiting(&mut self) {
+        for index in std::mem::take(&mut self.waiting) {
             self.arm_again(index.into());
             self.publish(index.into());
         }
     }
 
-    /// Arms what is wanted and not armed, if the kernel has its entry; remembers it if that can't be done.
+    /// Arms a slot that should be armed and is not, if the kernel has its entry; otherwise it waits to be re-armed.
     fn arm_again(&mut self, index: usize) -> bool {
         let slot = &self.slots[index];
         if slot.wanted.is_none() || slot.is_armed() {
@@ -324,14 +323,14 @@ impl State {
         {
             return true;
         }
-        if !self.lapsed.contains(&(index as u16)) {
-            self.lapsed.push(index as u16);
+        if !self.waiting.contains(&(index as u16)) {
+            self.waiting.push(index as u16);
         }
         false
     }
 
-    /// Goes back to what was there before, as far as the kernel lets us, and says how far.
-    fn back(
+    /// Restores the state from before the call as far as the kernel allows, and adds to the failure where it does not.
+    fn rollback(
         &mut self,
         changes: &[Change],
         quiesce: bool,
@@ -345,19 +344,19 @@ impl State {
         for change in changes {
             let slot = &self.slots[change.index];
             if slot.wanted.is_none() && slot.is_armed() && self.disarm(change.index).is_err() {
-                failure.broken.push(self.set_aside(change.index));
+                failure.broken.push(self.quarantine(change.index));
             }
         }
-        if changes.iter().any(|change| self.stands_wrong(change.index)) {
-            // A push that would meet an armed irqfd is not made.
+        if changes.iter().any(|change| self.is_stale(change.index)) {
+            // Never push past an armed irqfd.
             if !quiesce || self.disarm_all(changes, disarmed).is_ok() {
-                // A failure shows in the entries that stay wrong.
+                // A failure shows in the entries that stay stale.
                 let _pushed_back = self.push();
             }
             for change in changes {
-                if self.slots[change.index].is_armed() && self.stands_wrong(change.index) {
-                    failure.broken.push(self.set_aside(change.index));
-                    // Better silent than on an MSI that nobody asks for any more.
+                if self.slots[change.index].is_armed() && self.is_stale(change.index) {
+                    failure.broken.push(self.quarantine(change.index));
+                    // Better silent than armed with an MSI that no caller asks for any more.
                     if self.disarm(change.index).is_ok() {
                         self.put_entry(change.index, None);
                     }
@@ -373,15 +372,15 @@ impl State {
         failure
     }
 
-    /// Whether a slot should be armed with another MSI than the kernel has for it.
-    fn stands_wrong(&self, index: usize) -> bool {
+    /// Whether the kernel's entry is not the MSI that a slot should be armed with.
+    fn is_stale(&self, index: usize) -> bool {
         let slot = &self.slots[index];
         slot.wanted.is_some() && slot.wanted != slot.kernel
     }
 
-    /// Gives a slot up as broken. While it is armed its entry stays in the table: an armed irqfd without one
-    /// becomes vector 0 on mshv. Returns its GSI.
-    fn set_aside(&mut self, index: usize) -> u32 {
+    /// Marks a slot as broken. While it is armed its entry stays in the table: on mshv a signal on an armed irqfd
+    /// without an entry becomes vector 0. Returns its GSI.
+    fn quarantine(&mut self, index: usize) -> u32 {
         let slot = &mut self.slots[index];
         slot.broken = true;
         slot.wanted = None;
@@ -390,20 +389,20 @@ impl State {
         self.gsi(index)
     }
 
-    /// Disarms a slot and takes its route away, whatever the kernel says. The GSI is free again unless its
-    /// irqfd may still be there, or was left broken before.
+    /// Disarms a slot and removes its route, even if the kernel refuses. The GSI is free again unless its irqfd may
+    /// still be registered, or the slot was broken before.
     pub(super) fn release(&mut self, index: usize) -> Result<(), Failure> {
         self.slots[index].wanted = None;
         let result = if self.slots[index].is_armed() { self.disarm(index) } else { Ok(()) };
         let result = result.map_err(|mut failure| {
-            failure.broken.push(self.set_aside(index));
+            failure.broken.push(self.quarantine(index));
             failure
         });
         if !self.slots[index].is_armed() {
             self.put_entry(index, None);
         }
         self.stats.pushes_skipped += 1;
-        self.lapsed.retain(|other| usize::from(*other) != index);
+        self.waiting.retain(|other| usize::from(*other) != index);
         self.publish(index);
         if result.is_ok() {
             let slot = &mut self.slots[index];
@@ -421,7 +420,7 @@ impl State {
         Ok(())
     }
 
-    /// Disarms what could not be disarmed when its route was closed, for the last time.
+    /// Tries once more to disarm the routes that could not be disarmed when they were closed.
     pub(super) fn release_leftovers(&mut self) -> Vec<Failure> {
         let armed = self.armed.clone().into_iter().map(usize::from);
         let there = |state: &Self, index: usize| {
@@ -430,7 +429,7 @@ impl State {
         armed.filter_map(|index| if there(self, index) { self.disarm(index).err() } else { None }).collect()
     }
 
-    /// Lets nothing new begin, and says which routes are there to be closed.
+    /// Refuses all further changes, and returns the routes to close.
     pub(super) fn start_closing(&mut self) -> Vec<Arc<Route>> {
         self.closing = true;
         self.slots.iter().filter_map(|slot| slot.route.clone()).collect()
@@ -438,8 +437,8 @@ impl State {
 
     #[cfg(test)]
     #[cfg(not(shuttle))]
-    pub(super) fn stale_len(&self) -> usize {
-        self.stale.len()
+    pub(super) fn dirty_len(&self) -> usize {
+        self.dirty.len()
     }
 
     pub(super) fn gsi_state(&self, index: usize) -> GsiState {
@@ -459,7 +458,7 @@ impl State {
     /// The GSI of the route that has this eventfd, if one has.
     pub(super) fn route_of(&self, event: &EventFd) -> Option<u32> {
         let mut routes = self.slots.iter().filter_map(|slot| slot.route.as_ref());
-        // One that can't be looked at was closed behind our back, and is nobody's any more.
+        // An eventfd that can't be inspected was closed by other code, and is no route's any more.
         let of_event = |route: &&Arc<Route>| route.event.is_same(event).unwrap_or(false);
         routes.find(of_event).map(|route| route.gsi)
     }

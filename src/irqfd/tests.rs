@@ -767,7 +767,7 @@ fn clearing_and_setting_the_same_msi_for_ever_takes_no_memory() {
         route.clear_msi().unwrap();
         route.set_msi(msi(0x41)).unwrap();
     }
-    assert!(partition.lock().stale_len() <= 1);
+    assert!(partition.lock().dirty_len() <= 1);
 }
 
 #[test]
