@@ -27,15 +27,7 @@ fn msi(vector: usize) -> MsiRoute {
 
 /// A partition all of whose GSIs are routed and armed.
 fn full() -> (Arc<Partition>, Vec<IrqFdRoute>) {
-    let config = Config {
-        backend: Backend::Simulated,
-        gsis: 24..24 + GSIS as u32,
-        vps: None,
-        adopted: false,
-        quiesce: false,
-        allow_missing_vp: false,
-        keep: Vec::new(),
-    };
+    let config = Config { quiesce: false, ..Config::new(Backend::Simulated, 24..24 + GSIS as u32) };
     let partition = Partition::new(Box::new(NullPartition::new()), config).unwrap();
     partition.create_vp(0).unwrap();
     let routes: Vec<_> = (0..GSIS).map(|_| partition.new_route(None).unwrap()).collect();

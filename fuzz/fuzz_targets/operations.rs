@@ -41,15 +41,7 @@ fuzz_target!(|input: (bool, Vec<Deed>)| {
     let (quiesce, deeds) = input;
     let Ok(simulated) = SimulatedPartition::open() else { return };
     let driver = simulated.driver();
-    let config = Config {
-        backend: Backend::Simulated,
-        gsis: 24..30,
-        vps: None,
-        adopted: false,
-        quiesce,
-        allow_missing_vp: false,
-        keep: Vec::new(),
-    };
+    let config = Config { quiesce, ..Config::new(Backend::Simulated, 24..30) };
     let partition = Partition::new(Box::new(simulated), config).expect("the options are right");
     partition.create_vp(0).expect("a simulated VP");
     let mut routes: Vec<IrqFdRoute> = Vec::new();

@@ -158,6 +158,15 @@ impl Backend {
         !matches!(self, Self::Kvm)
     }
 
+    /// Where a push needs no irqfd disarmed: the number of entries in a table whose push takes as long as moving one
+    /// irqfd to another GSI. Measured; see docs/benchmarks.md.
+    pub fn entries_per_move(self) -> usize {
+        match self {
+            Self::Kvm => 64,
+            Self::Mshv | Self::Simulated => 0,
+        }
+    }
+
     /// Whether physical destination 0xFF (all processors) is safe. On the root scheduler the mshv driver
     /// takes it for the index of one VP (`mshv_try_assert_irq_fast`), which does not exist.
     pub fn takes_broadcast(self) -> bool {

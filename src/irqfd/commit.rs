@@ -1,16 +1,20 @@
 //! The order of calls that changes the kernel's state, and the rollback if the kernel refuses one.
 //!
-//! Forward: disarm every route that must not be armed (around a quiesced push: all), change the image, push it once if
-//! the kernel's table lacks a wanted entry, arm. So an irqfd is armed only while the kernel's table has its entry.
-//! Rollback: disarm every route that was not armed before, push the old table only if an armed route's entry would be
-//! stale otherwise, arm again.
+//! Forward: find a place for each wanted message, a GSI where the kernel's table has it; disarm every route that must not
+//! be armed or that moves to another place (around a quiesced push: all); if a message is not in the kernel's table,
+//! change the image and push it once; arm. So an irqfd is armed only at a GSI whose entry is its message.
+//! Rollback: disarm every route that was not armed before, or not there; push the old entries only if an armed route's
+//! entry would be stale otherwise; arm again.
 
-use std::ops::Range;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use super::config::Config;
+use super::entries::{Entries, Worth};
 use super::error::Failure;
 use super::gsi::{GsiAllocator, GsiState};
 use super::msi::MsiRoute;
+use super::preload::{self, Shape};
 use super::shared::{Intent, Route};
 use super::stats::PartitionStats;
 use super::vps::VpSet;
@@ -27,35 +31,41 @@ pub(super) struct State {
     pub(super) vps: Option<VpSet>,
     pub(super) closing: bool,
     pub(super) stats: PartitionStats,
-    range: Range<u32>,
+    entries: Entries,
+    first_gsi: u32,
+    quiesce: bool,
+    /// See [`Config::entries_per_move`]; 0 if pushes are quiesced.
+    entries_per_move: usize,
     /// The slots whose irqfd is registered, in no order.
     armed: Vec<u16>,
-    /// The slots whose entry in the image may differ from the kernel's since the last push.
-    dirty: Vec<u16>,
     /// The slots that wait to be re-armed, because a rollback could not arm them again.
     waiting: Vec<u16>,
+    /// The shapes of the messages that missed, the latest first.
+    shapes: Vec<Shape>,
+    /// Whether the next push takes entries along: not after one that the kernel refused.
+    loads: bool,
 }
 
-/// The state of one GSI.
-#[derive(Debug, Default)]
+/// The state of one GSI that is handed out.
+#[derive(Debug)]
 pub(super) struct Slot {
     pub(super) route: Option<Arc<Route>>,
-    /// The MSI that it should be armed with; none if it should be disarmed.
+    /// The message that it should be armed with; none if it should be disarmed.
     wanted: Option<RawMsi>,
-    /// Its entry in the image, which the next push makes the kernel's.
-    entry: Option<RawMsi>,
-    /// Its entry in the kernel's table.
-    kernel: Option<RawMsi>,
+    /// The GSI where it is armed, or was armed last: its own or a spare one.
+    place: u16,
     /// Its place in `armed`, counted from 1.
     armed: u16,
-    /// Whether it is in `dirty`.
-    dirty: bool,
     broken: bool,
 }
 
 impl Slot {
     fn is_armed(&self) -> bool {
         self.armed != 0
+    }
+
+    fn place(&self) -> u32 {
+        self.place.into()
     }
 }
 
@@ -66,42 +76,66 @@ pub(super) struct Change {
     pub(super) wanted: Option<RawMsi>,
     /// Whether an entry that is no longer wanted leaves the table.
     drop_entry: bool,
-    wanted_before: Option<RawMsi>,
-    entry_before: Option<RawMsi>,
+    /// The GSI where it is to be armed.
+    place: u32,
+    /// Whether the kernel's table has to be given the message there.
+    pushed: bool,
+    before: Before,
+}
+
+/// The state of a slot before a change.
+#[derive(Clone, Copy, Debug, Default)]
+struct Before {
+    wanted: Option<RawMsi>,
+    place: u32,
+    /// Its own entry in the image.
+    own: Option<RawMsi>,
 }
 
 impl Change {
     /// Brings the kernel to an intent.
     pub(super) fn to(index: usize, intent: Intent) -> Self {
         let wanted = if intent.masked { None } else { intent.msi.map(MsiRoute::raw) };
-        Self { index, wanted, drop_entry: intent.msi.is_none(), wanted_before: None, entry_before: None }
+        let drop_entry = intent.msi.is_none();
+        Self { index, wanted, drop_entry, place: 0, pushed: false, before: Before::default() }
     }
 }
 
+/// The choice of places for a commit.
+#[derive(Clone, Copy, Debug, Default)]
+struct Plan {
+    push: bool,
+    hits: u64,
+    misses: u64,
+    loaded: u64,
+}
+
 impl State {
-    pub(super) fn new(
-        hypervisor: Box<dyn Hypervisor>,
-        gsis: GsiAllocator,
-        range: Range<u32>,
-        vps: Option<VpSet>,
-    ) -> Self {
-        let size = range.len();
+    pub(super) fn new(hypervisor: Box<dyn Hypervisor>, config: &Config, vps: Option<VpSet>) -> Self {
+        let size = config.gsis.len();
+        let slot = |gsi| Slot { route: None, wanted: None, place: gsi as u16, armed: 0, broken: false };
+        let spares = config.spare_gsis(hypervisor.has_pins());
+        let end = spares.iter().map(|gsi| u32::from(*gsi) + 1).max().unwrap_or(0).max(config.gsis.end);
         Self {
             hypervisor: Some(hypervisor),
-            gsis,
-            slots: range.clone().map(|_| Slot::default()).collect(),
+            gsis: GsiAllocator::new(size),
+            slots: config.gsis.clone().map(slot).collect(),
             vps,
             closing: false,
             stats: PartitionStats::default(),
-            range,
+            entries: Entries::new(end, spares),
+            first_gsi: config.gsis.start,
+            quiesce: config.quiesce,
+            entries_per_move: if config.quiesce { 0 } else { config.entries_per_move },
             armed: Vec::with_capacity(size),
-            dirty: Vec::with_capacity(size),
             waiting: Vec::new(),
+            shapes: Vec::new(),
+            loads: true,
         }
     }
 
     fn gsi(&self, index: usize) -> u32 {
-        self.range.start + index as u32
+        self.first_gsi + index as u32
     }
 
     /// Makes a call and counts its failure.
@@ -119,15 +153,15 @@ impl State {
         index: usize,
         call: impl FnOnce(&mut dyn Hypervisor, u32, &Arc<Route>) -> CallResult,
     ) -> Result<(), Failure> {
-        let gsi = self.gsi(index);
+        let place = self.slots[index].place();
         let result = match (&mut self.hypervisor, &self.slots[index].route) {
-            (Some(hypervisor), Some(route)) => call(hypervisor.as_mut(), gsi, route),
+            (Some(hypervisor), Some(route)) => call(hypervisor.as_mut(), place, route),
             (None, _) => Err(closed()),
             (_, None) => {
                 Err(CallError::new(Operation::AssignIrqfd, "irqfd of a GSI without a route", libc::ENOENT))
             }
         };
-        self.counted(result, Some(gsi))
+        self.counted(result, Some(self.gsi(index)))
     }
 
     fn counted<T>(&mut self, result: CallResult<T>, gsi: Option<u32>) -> Result<T, Failure> {
@@ -139,11 +173,12 @@ impl State {
 
     /// Registers a slot's irqfd. The caller drains it then.
     fn assign(&mut self, index: usize) -> Result<(), Failure> {
-        debug_assert!(!self.is_stale(index), "an armed irqfd has its entry in the kernel's table");
+        debug_assert!(!self.is_stale(index), "an irqfd is armed where the kernel's table has its message");
         self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.assign(gsi, route))?;
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
+        self.entries.touch(self.slots[index].place());
         Ok(())
     }
 
@@ -185,48 +220,28 @@ impl State {
         let entries = self.call(|hypervisor| hypervisor.push())?;
         self.stats.pushes += 1;
         self.stats.entries_pushed += entries as u64;
-        for index in self.dirty.drain(..) {
-            let slot = &mut self.slots[usize::from(index)];
-            slot.kernel = slot.entry;
-            slot.dirty = false;
-        }
+        self.entries.pushed();
         Ok(())
     }
 
     /// Changes the image. Makes no call.
-    fn put_entry(&mut self, index: usize, entry: Option<RawMsi>) {
-        let gsi = self.gsi(index);
-        let slot = &mut self.slots[index];
-        if slot.entry == entry {
-            return;
-        }
-        slot.entry = entry;
-        if !std::mem::replace(&mut slot.dirty, true) {
-            self.dirty.push(index as u16);
-        }
-        if let Some(hypervisor) = &mut self.hypervisor {
-            match entry {
-                Some(msi) => hypervisor.set_entry(gsi, msi),
-                None => hypervisor.drop_entry(gsi),
-            }
-        }
+    fn put(&mut self, gsi: u32, msi: Option<RawMsi>) {
+        self.entries.put(self.hypervisor.as_deref_mut(), gsi, msi);
     }
 
-    /// Makes all `changes`, or none. With `quiesce`, no push meets an armed irqfd.
-    pub(super) fn apply(&mut self, changes: &mut [Change], quiesce: bool) -> Result<(), Failure> {
-        for change in &mut *changes {
-            let slot = &self.slots[change.index];
-            (change.wanted_before, change.entry_before) = (slot.wanted, slot.entry);
-        }
-        let push = changes
-            .iter()
-            .any(|change| change.wanted.is_some() && change.wanted != self.slots[change.index].kernel);
+    /// Makes all `changes`, or none.
+    pub(super) fn apply(&mut self, changes: &mut [Change]) -> Result<(), Failure> {
+        let plan = self.plan(changes);
         let mut disarmed = Vec::new();
         let result = self
-            .forward(changes, push, push && quiesce, &mut disarmed)
-            .map_err(|failure| self.rollback(changes, quiesce, &mut disarmed, failure));
-        if result.is_ok() && !push {
-            self.stats.pushes_skipped += 1;
+            .forward(changes, plan.push, &mut disarmed)
+            .map_err(|failure| self.rollback(changes, &mut disarmed, failure));
+        if result.is_ok() {
+            changes.iter().for_each(|change| self.keep(change));
+            self.stats.hits += plan.hits;
+            self.stats.misses += plan.misses;
+            self.stats.entries_loaded += plan.loaded;
+            self.stats.pushes_skipped += u64::from(!plan.push);
         }
         let touched = disarmed.iter().map(|index| usize::from(*index));
         for index in changes.iter().map(|change| change.index).chain(touched) {
@@ -238,35 +253,164 @@ impl State {
     fn publish(&self, index: usize) {
         let slot = &self.slots[index];
         if let Some(route) = &slot.route {
-            route.publish_kernel(slot.is_armed(), slot.broken);
+            route.publish_kernel(slot.is_armed().then_some(slot.place), slot.broken);
         }
     }
 
-    fn forward(
-        &mut self,
-        changes: &[Change],
-        push: bool,
-        quiesced: bool,
-        disarmed: &mut Vec<u16>,
-    ) -> Result<(), Failure> {
-        if quiesced {
-            self.disarm_all(changes, disarmed)?;
-        } else {
-            for change in changes {
-                if change.wanted.is_none() && self.slots[change.index].is_armed() {
-                    self.disarm(change.index)?;
-                    disarmed.push(change.index as u16);
+    /// Chooses the place of each change, and puts the entries that it needs there into the image.
+    fn plan(&mut self, changes: &mut [Change]) -> Plan {
+        let mut plan = Plan::default();
+        // Changes for which the kernel's table has the message, and an armed irqfd would move there from its own GSI.
+        let mut moves = 0;
+        for change in &mut *changes {
+            let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
+            change.before = Before { wanted: slot.wanted, place: slot.place(), own: self.entries.image(own) };
+            change.place = if change.drop_entry { own } else { slot.place() };
+            let Some(msi) = change.wanted.filter(|msi| self.entries.kernel(change.place) != Some(*msi)) else {
+                continue;
+            };
+            if let Some(place) = self.entries.find(own, msi) {
+                change.place = place;
+                plan.hits += 1;
+                moves += usize::from(slot.is_armed() && slot.place() == own);
+            } else {
+                change.pushed = true;
+                plan.misses += 1;
+            }
+        }
+        plan.push = plan.misses > 0;
+        // Where an armed irqfd may meet a push, changing its own entry is the better way if a push is made anyway, or is
+        // cheaper than all the moves.
+        if self.entries_per_move > 0
+            && moves > 0
+            && (plan.push || self.entries.len() <= moves * self.entries_per_move)
+        {
+            plan.push = true;
+            for change in &mut *changes {
+                let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
+                if slot.is_armed() && slot.place() == own && change.place != own {
+                    (change.place, change.pushed) = (own, true);
                 }
             }
         }
+        // Places that are found stay, whatever else is replaced.
+        for change in changes.iter().filter(|change| !change.pushed) {
+            self.reserve(change);
+        }
+        if plan.push {
+            plan.loaded = self.plan_push(changes);
+        }
+        plan
+    }
+
+    /// Gives every message that the kernel's table lacks a place, and loads the messages that are likely next. Returns
+    /// the number of the latter.
+    fn plan_push(&mut self, changes: &mut [Change]) -> u64 {
+        let mut replaceable = self.entries.replaceable().into_iter();
+        let mut planned = HashMap::new();
+        for change in changes.iter_mut().filter(|change| change.pushed) {
+            let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
+            let Some(msi) = change.wanted else { continue };
+            // Its own entry, if that is empty, or may be changed under an armed irqfd. Otherwise it keeps its old message
+            // there, which the guest may want again.
+            let in_place = self.entries_per_move > 0 && slot.place() == own;
+            change.place = own;
+            if self.entries.image(own).is_some() && !in_place {
+                let spare = planned.get(&msi).copied().or_else(|| replaceable.next().map(|(_, gsi)| gsi));
+                change.place = spare.unwrap_or(own);
+            }
+            if change.place != own && planned.insert(msi, change.place).is_none() {
+                self.put(change.place, Some(msi));
+            }
+            self.reserve(change);
+        }
+        self.load(changes, replaceable, &planned)
+    }
+
+    /// Loads spare entries with the messages that are likely next. Returns how many.
+    fn load(
+        &mut self,
+        changes: &[Change],
+        replaceable: impl Iterator<Item = (Worth, u32)>,
+        planned: &HashMap<RawMsi, u32>,
+    ) -> u64 {
+        if self.gsis.taken() <= self.entries_per_move {
+            // Pushing a small table is cheaper than moving an irqfd, so the table is kept small.
+            replaceable.for_each(|(_, gsi)| self.put(gsi, None));
+            return 0;
+        }
+        let mut free: Vec<_> = replaceable.take_while(|(worth, _)| *worth <= Worth::NeverUsed).collect();
+        if !self.loads || self.entries.spares() == 0 {
+            return 0;
+        }
+        let missed = changes.iter().filter(|change| change.pushed).filter_map(|change| change.wanted);
+        for shape in missed.filter_map(Shape::of) {
+            preload::note(&mut self.shapes, shape);
+        }
+        let in_use: Vec<_> = self
+            .slots
+            .iter()
+            .filter_map(|slot| slot.wanted)
+            .chain(changes.iter().filter_map(|change| change.wanted))
+            .collect();
+        let likely = preload::likely(&self.shapes, &in_use, self.vps.as_ref(), self.entries.spares());
+        // Those that are there already keep their places.
+        let mut wanted = Vec::new();
+        let mut there = HashSet::new();
+        for msi in likely {
+            match self.entries.spare_of(msi) {
+                Some(gsi) => drop(there.insert(gsi)),
+                None if planned.contains_key(&msi) => {}
+                None => wanted.push(msi),
+            }
+        }
+        free.retain(|(_, gsi)| !there.contains(gsi));
+        let mut loaded = 0;
+        for (msi, (_, gsi)) in wanted.into_iter().zip(free) {
+            self.put(gsi, Some(msi));
+            loaded += 1;
+        }
+        loaded
+    }
+
+    /// Holds the place of a change beside the one that its slot has until the commit is over.
+    fn reserve(&mut self, change: &Change) {
+        if change.place != change.before.place {
+            self.entries.reserve(change.place);
+        }
+    }
+
+    /// Gives up the place that a slot had before a change that has succeeded.
+    fn keep(&mut self, change: &Change) {
+        if change.place != change.before.place {
+            self.entries.release(change.before.place);
+        }
+    }
+
+    fn forward(&mut self, changes: &[Change], push: bool, disarmed: &mut Vec<u16>) -> Result<(), Failure> {
+        if push && self.quiesce {
+            self.disarm_all(changes, disarmed)?;
+        }
         for change in changes {
-            self.slots[change.index].wanted = change.wanted;
-            if change.wanted.is_some() || change.drop_entry {
-                self.put_entry(change.index, change.wanted);
+            let slot = &self.slots[change.index];
+            if slot.is_armed() && (change.wanted.is_none() || change.place != slot.place()) {
+                self.disarm(change.index)?;
+                disarmed.push(change.index as u16);
+            }
+        }
+        for change in changes {
+            let own = self.gsi(change.index);
+            let slot = &mut self.slots[change.index];
+            slot.wanted = change.wanted;
+            slot.place = change.place as u16;
+            if change.drop_entry || (change.wanted.is_some() && change.place == own) {
+                self.put(own, change.wanted);
             }
         }
         if push {
-            self.push()?;
+            let pushed = self.push();
+            self.loads = pushed.is_ok();
+            pushed?;
         }
         let armed = self.armed.len();
         let again = disarmed.iter().rev().map(|index| usize::from(*index));
@@ -319,8 +463,7 @@ impl State {
         if slot.wanted.is_none() || slot.is_armed() {
             return true;
         }
-        if slot.kernel == slot.wanted && self.assign(index).and_then(|()| self.drain(self.armed.len() - 1)).is_ok()
-        {
+        if !self.is_stale(index) && self.assign(index).and_then(|()| self.drain(self.armed.len() - 1)).is_ok() {
             return true;
         }
         if !self.waiting.contains(&(index as u16)) {
@@ -330,26 +473,32 @@ impl State {
     }
 
     /// Restores the state from before the call as far as the kernel allows, and adds to the failure where it does not.
-    fn rollback(
-        &mut self,
-        changes: &[Change],
-        quiesce: bool,
-        disarmed: &mut Vec<u16>,
-        mut failure: Failure,
-    ) -> Failure {
-        for change in changes {
-            self.slots[change.index].wanted = change.wanted_before;
-            self.put_entry(change.index, change.entry_before);
-        }
+    fn rollback(&mut self, changes: &[Change], disarmed: &mut Vec<u16>, mut failure: Failure) -> Failure {
         for change in changes {
             let slot = &self.slots[change.index];
-            if slot.wanted.is_none() && slot.is_armed() && self.disarm(change.index).is_err() {
+            let stays = change.before.wanted.is_some() && change.before.place == slot.place();
+            if slot.is_armed() && !stays && self.disarm(change.index).is_err() {
                 failure.broken.push(self.quarantine(change.index));
             }
         }
+        for change in changes {
+            let (own, slot) = (self.gsi(change.index), &mut self.slots[change.index]);
+            if slot.broken && slot.is_armed() {
+                // It keeps the place where it is armed still.
+                self.keep(change);
+                continue;
+            }
+            slot.wanted = change.before.wanted;
+            slot.place = change.before.place as u16;
+            self.put(own, change.before.own);
+            if change.place != change.before.place {
+                self.entries.release(change.place);
+            }
+        }
+        self.entries.restore_spares(self.hypervisor.as_deref_mut());
         if changes.iter().any(|change| self.is_stale(change.index)) {
             // Never push past an armed irqfd.
-            if !quiesce || self.disarm_all(changes, disarmed).is_ok() {
+            if !self.quiesce || self.disarm_all(changes, disarmed).is_ok() {
                 // A failure shows in the entries that stay stale.
                 let _pushed_back = self.push();
             }
@@ -358,7 +507,7 @@ impl State {
                     failure.broken.push(self.quarantine(change.index));
                     // Better silent than armed with an MSI that no caller asks for any more.
                     if self.disarm(change.index).is_ok() {
-                        self.put_entry(change.index, None);
+                        self.vacate(change.index);
                     }
                 }
             }
@@ -372,10 +521,10 @@ impl State {
         failure
     }
 
-    /// Whether the kernel's entry is not the MSI that a slot should be armed with.
+    /// Whether the kernel's entry is not the message that a slot should be armed with.
     fn is_stale(&self, index: usize) -> bool {
         let slot = &self.slots[index];
-        slot.wanted.is_some() && slot.wanted != slot.kernel
+        slot.wanted.is_some() && slot.wanted != self.entries.kernel(slot.place())
     }
 
     /// Marks a slot as broken. While it is armed its entry stays in the table: on mshv a signal on an armed irqfd
@@ -384,9 +533,17 @@ impl State {
         let slot = &mut self.slots[index];
         slot.broken = true;
         slot.wanted = None;
-        let kernel = slot.kernel;
-        self.put_entry(index, kernel);
+        let place = slot.place();
+        self.put(place, self.entries.kernel(place));
         self.gsi(index)
+    }
+
+    /// Gives up the place of a slot that is disarmed, and drops its own entry.
+    fn vacate(&mut self, index: usize) {
+        let own = self.gsi(index);
+        self.entries.release(self.slots[index].place());
+        self.slots[index].place = own as u16;
+        self.put(own, None);
     }
 
     /// Disarms a slot and removes its route, even if the kernel refuses. The GSI is free again unless its irqfd may
@@ -399,7 +556,7 @@ impl State {
             failure
         });
         if !self.slots[index].is_armed() {
-            self.put_entry(index, None);
+            self.vacate(index);
         }
         self.stats.pushes_skipped += 1;
         self.waiting.retain(|other| usize::from(*other) != index);
@@ -438,7 +595,7 @@ impl State {
     #[cfg(test)]
     #[cfg(not(shuttle))]
     pub(super) fn dirty_len(&self) -> usize {
-        self.dirty.len()
+        self.entries.dirty_len()
     }
 
     pub(super) fn gsi_state(&self, index: usize) -> GsiState {
@@ -450,9 +607,8 @@ impl State {
         }
     }
 
-    pub(super) fn kernel_entries(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
-        let entries = self.slots.iter().enumerate();
-        entries.filter_map(|(index, slot)| Some((self.gsi(index), slot.kernel?)))
+    pub(super) fn kernel_table(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
+        self.entries.kernel_table()
     }
 
     /// The GSI of the route that has this eventfd, if one has.

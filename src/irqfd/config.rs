@@ -19,12 +19,50 @@ pub struct Config {
     pub allow_missing_vp: bool,
     /// Entries that the hypervisor keeps in every table.
     pub keep: Vec<(u32, RawMsi)>,
+    /// GSIs that are not handed out, where the table holds messages that routes may want next.
+    pub spares: Vec<Range<u32>>,
+    /// Where a push may meet armed irqfds: the number of entries in a table whose push takes as long as moving one
+    /// irqfd (disarming it and arming it elsewhere). 0 if moving is always the better way.
+    pub entries_per_move: usize,
+}
+
+impl Config {
+    /// A partition made here, with no spare GSIs.
+    pub fn new(backend: Backend, gsis: Range<u32>) -> Self {
+        Self {
+            backend,
+            gsis,
+            vps: None,
+            adopted: false,
+            quiesce: backend.needs_quiesced_push(),
+            allow_missing_vp: false,
+            keep: Vec::new(),
+            spares: Vec::new(),
+            entries_per_move: backend.entries_per_move(),
+        }
+    }
+
+    /// The spare GSIs, as many as fit into a table beside all other entries.
+    pub(super) fn spare_gsis(&self, pins: bool) -> Vec<u16> {
+        let room = entries(pins, self.keep.len()).saturating_sub(self.gsis.len());
+        self.spares.iter().cloned().flatten().take(room).map(|gsi| gsi as u16).collect()
+    }
+}
+
+/// How many entries a table has room for beside the fixed ones.
+fn entries(pins: bool, kept: usize) -> usize {
+    (MAX_GSIS as usize - if pins { PIN_ENTRIES } else { 0 }).saturating_sub(kept)
+}
+
+/// All GSIs outside `gsis` that an MSI may have by custom: 0 to 23 are the IOAPIC's pins.
+pub(super) fn other_gsis(gsis: &Range<u32>) -> Vec<Range<u32>> {
+    [PIN_GSIS..gsis.start, gsis.end.max(PIN_GSIS)..MAX_GSIS].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
 /// Checks that the kernel takes a range of GSIs beside `kept` other entries.
 pub(super) fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: usize) -> Result {
     let Range { start, end } = allowed_gsis(pins);
-    let most = (MAX_GSIS as usize - if pins { PIN_ENTRIES } else { 0 }).saturating_sub(kept);
+    let most = entries(pins, kept);
     if gsis.is_empty() {
         return Err(Error::Invalid(format!("gsis range({}, {}) is empty", gsis.start, gsis.end)));
     }
@@ -51,6 +89,43 @@ pub(super) fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: 
 
 fn allowed_gsis(pins: bool) -> Range<u32> {
     if pins { PIN_GSIS..MAX_GSIS } else { 0..MAX_GSIS }
+}
+
+/// Checks that the spare GSIs of an adopted partition are ones that the kernel takes, and in no other use.
+pub(super) fn check_spares(config: &Config, pins: bool) -> Result {
+    let (most, asked) = (entries(pins, config.keep.len()), config.spares.iter().map(Range::len).sum::<usize>());
+    if config.adopted && asked > 0 && config.gsis.len() + asked > most {
+        return Err(Error::Invalid(format!(
+            "{asked} spare GSIs and {} of gsis are more than the {most} entries that a routing table of {} takes beside \
+             its fixed ones",
+            config.gsis.len(),
+            config.backend
+        )));
+    }
+    for spares in &config.spares {
+        let shown = format!("spare range({}, {})", spares.start, spares.end);
+        let Range { start, end } = allowed_gsis(pins);
+        if spares.is_empty() {
+            continue;
+        }
+        if spares.start < start || spares.end > end {
+            let backend = config.backend;
+            return Err(Error::Invalid(format!(
+                "{shown} leaves {start}-{}, the GSIs that {backend} takes",
+                end - 1
+            )));
+        }
+        if spares.start < config.gsis.end && config.gsis.start < spares.end {
+            return Err(Error::Invalid(format!(
+                "{shown} overlaps gsis range({}, {}), which are handed out",
+                config.gsis.start, config.gsis.end
+            )));
+        }
+        if let Some((gsi, _)) = config.keep.iter().find(|(gsi, _)| spares.contains(gsi)) {
+            return Err(Error::Invalid(format!("{shown} has GSI {gsi}, which keep names")));
+        }
+    }
+    Ok(())
 }
 
 /// Checks that kept entries neither meet each other nor the GSIs that are handed out.

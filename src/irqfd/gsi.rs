@@ -19,6 +19,7 @@ pub enum GsiState {
 pub struct GsiAllocator {
     words: Box<[u64]>,
     summary: u64,
+    taken: usize,
 }
 
 impl GsiAllocator {
@@ -32,7 +33,7 @@ impl GsiAllocator {
             })
             .collect();
         let summary = words.iter().enumerate().fold(0, |bits, (at, _)| bits | 1 << at);
-        Self { words, summary }
+        Self { words, summary, taken: 0 }
     }
 
     /// Takes the lowest free one.
@@ -47,12 +48,19 @@ impl GsiAllocator {
         if *word == 0 {
             self.summary &= !(1 << at);
         }
+        self.taken += 1;
         Some(64 * at + bit)
+    }
+
+    /// How many are taken.
+    pub fn taken(&self) -> usize {
+        self.taken
     }
 
     /// Gives one back that `allocate` returned.
     pub fn free(&mut self, index: usize) {
         debug_assert!(self.words[index / 64] & 1 << (index % 64) == 0, "{index} is free already");
+        self.taken -= 1;
         self.words[index / 64] |= 1 << (index % 64);
         self.summary |= 1 << (index / 64);
     }
@@ -92,6 +100,7 @@ mod tests {
                 gsis.free(index);
                 free.insert(index);
             }
+            assert_eq!(gsis.taken(), taken.len());
         }
     }
 }

@@ -124,15 +124,7 @@ fn msi(vector: u8) -> MsiRoute {
 /// A partition with so many armed routes.
 fn scene(count: u8) -> Scene {
     let guest = Guest::default();
-    let config = Config {
-        backend: Backend::Mshv,
-        gsis: 24..28,
-        vps: None,
-        adopted: false,
-        quiesce: true,
-        allow_missing_vp: false,
-        keep: Vec::new(),
-    };
+    let config = Config::new(Backend::Mshv, 24..28);
     let partition = Partition::new(Box::new(guest.clone()), config).unwrap();
     partition.create_vp(0).unwrap();
     let routes: Vec<_> = (0..count).map(|_| Arc::new(partition.new_route(None).unwrap())).collect();

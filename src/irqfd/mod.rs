@@ -5,6 +5,7 @@
 mod batch;
 mod commit;
 mod config;
+mod entries;
 mod error;
 mod gsi;
 #[cfg(test)]
@@ -13,6 +14,7 @@ mod interleavings;
 mod msi;
 mod open;
 mod partition;
+mod preload;
 mod route;
 mod shared;
 mod stats;

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::config::{Config, check_gsis};
+use super::config::{Config, check_gsis, other_gsis};
 use super::error::{Error, Result};
 use super::partition::Partition;
 use super::vps::VpSet;
@@ -31,6 +31,8 @@ pub struct Options {
     pub quiesce: Option<bool>,
     /// Whether a route may be armed although no VP has its destination.
     pub allow_missing_vp: bool,
+    /// Whether the GSIs outside `gsis` hold messages that routes are likely to want next.
+    pub preload: bool,
 }
 
 impl Default for Options {
@@ -41,6 +43,7 @@ impl Default for Options {
             vps: VpSet::from_iter([0]),
             quiesce: None,
             allow_missing_vp: false,
+            preload: true,
         }
     }
 }
@@ -54,6 +57,8 @@ pub struct AdoptOptions {
     pub gsis: Range<u32>,
     /// Entries that stay in every table pushed.
     pub keep: Vec<(u32, RawMsi)>,
+    /// GSIs to hold messages that routes are likely to want next. They are in no other use.
+    pub spares: Range<u32>,
     /// The VPs, if they are known. MSIs are checked against them.
     pub vps: Option<VpSet>,
     /// Whether irqfds are disarmed around every push; by default where the kernel needs it.
@@ -62,7 +67,7 @@ pub struct AdoptOptions {
 
 impl Default for AdoptOptions {
     fn default() -> Self {
-        Self { device: None, gsis: DEFAULT_GSIS, keep: Vec::new(), vps: None, quiesce: None }
+        Self { device: None, gsis: DEFAULT_GSIS, keep: Vec::new(), spares: 0..0, vps: None, quiesce: None }
     }
 }
 
@@ -78,13 +83,10 @@ impl Partition {
         };
         let (hypervisor, observer) = opened.map_err(|error| unavailable(backend, &device, error))?;
         let config = Config {
-            backend,
-            gsis: options.gsis.clone(),
-            vps: None,
-            adopted: false,
             quiesce: options.quiesce.unwrap_or(backend.needs_quiesced_push()),
             allow_missing_vp: options.allow_missing_vp,
-            keep: Vec::new(),
+            spares: if options.preload { other_gsis(&options.gsis) } else { Vec::new() },
+            ..Config::new(backend, options.gsis.clone())
         };
         let partition = Self::observed(hypervisor, observer, config)?;
         options.vps.iter().try_for_each(|index| partition.create_vp(index))?;
@@ -98,13 +100,12 @@ impl Partition {
         let (hypervisor, observer) = take_over(backend, &device, own, &options.keep)
             .map_err(|error| unavailable(backend, &device, error))?;
         let config = Config {
-            backend,
-            gsis: options.gsis.clone(),
             vps: options.vps,
             adopted: true,
             quiesce: options.quiesce.unwrap_or(backend.needs_quiesced_push()),
-            allow_missing_vp: false,
             keep: options.keep.clone(),
+            spares: vec![options.spares.clone()],
+            ..Config::new(backend, options.gsis.clone())
         };
         Self::observed(hypervisor, observer, config)
     }

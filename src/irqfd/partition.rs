@@ -6,9 +6,9 @@ use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 use super::commit::{Change, State};
-use super::config::{Config, check_gsis, check_keep};
+use super::config::{Config, check_gsis, check_keep, check_spares};
 use super::error::{Error, Failure, Result};
-use super::gsi::{GsiAllocator, GsiState};
+use super::gsi::GsiState;
 use super::shared::{Intent, Route};
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
@@ -68,11 +68,11 @@ impl Partition {
         let pins = hypervisor.has_pins();
         check_gsis(config.backend, pins, &config.gsis, config.keep.len())?;
         check_keep(config.backend, pins, &config.gsis, &config.keep)?;
+        check_spares(&config, pins)?;
         let owner = Owner::current().map_err(|error| unsupported_kernel(&error))?;
         let fd = hypervisor.fd();
         let vps = if config.adopted { config.vps } else { Some(VpSet::default()) };
-        let gsis = GsiAllocator::new(config.gsis.len());
-        let state = Mutex::new(State::new(hypervisor, gsis, config.gsis.clone(), vps));
+        let state = Mutex::new(State::new(hypervisor, &config, vps));
         let partition = Arc::new(Self {
             owner,
             fd,
@@ -195,7 +195,7 @@ impl Partition {
                 self.check_vp(&vps, change)?;
             }
         }
-        state.apply(changes, self.config.quiesce)?;
+        state.apply(changes)?;
         Ok(())
     }
 
@@ -293,7 +293,7 @@ impl Partition {
         self.check_open()?;
         let state = self.lock();
         let kept = if state.stats.pushes > 0 { &self.config.keep[..] } else { &[] };
-        let mut table: Vec<_> = state.kernel_entries().chain(kept.iter().copied()).collect();
+        let mut table: Vec<_> = state.kernel_table().chain(kept.iter().copied()).collect();
         table.sort_unstable_by_key(|(gsi, _)| *gsi);
         Ok(table)
     }

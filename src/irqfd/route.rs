@@ -82,6 +82,12 @@ impl IrqFdRoute {
         Ok(self.state()? == GsiState::Enabled)
     }
 
+    /// The GSI where the route is armed: its own, or a spare one whose entry is its MSI. `None` while it is not armed.
+    pub fn armed_gsi(&self) -> Result<Option<u32>> {
+        self.current()?;
+        Ok(self.route.armed_gsi())
+    }
+
     pub fn msi(&self) -> Result<Option<MsiRoute>> {
         let bits = self.current()?;
         Ok((bits & HAS_MSI != 0).then(|| MsiRoute::unpack(bits)))

@@ -45,7 +45,9 @@ const BROKEN: u64 = 1 << 62;
 pub(super) const CLOSED: u64 = 1 << 61;
 pub(super) const MASKED: u64 = 1 << 60;
 pub(super) const HAS_MSI: u64 = 1 << 59;
-const OF_PARTITION: u64 = ARMED | BROKEN;
+/// The GSI where it is armed, 12 bits above those of a packed MSI.
+const ARMED_AT: u32 = 36;
+const OF_PARTITION: u64 = ARMED | BROKEN | 0xFFF << ARMED_AT;
 
 impl Route {
     pub(super) fn new(gsi: u32, event: EventFd) -> Self {
@@ -66,9 +68,9 @@ impl Route {
             self.published.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| Some(bits & !clear | set));
     }
 
-    /// Called under the partition's lock.
-    pub(super) fn publish_kernel(&self, armed: bool, broken: bool) {
-        let set = if armed { ARMED } else { 0 } | if broken { BROKEN } else { 0 };
+    /// Stores the kernel's state: the GSI where the route is armed. Called under the partition's lock.
+    pub(super) fn publish_kernel(&self, armed_at: Option<u16>, broken: bool) {
+        let set = armed_at.map_or(0, |gsi| ARMED | u64::from(gsi) << ARMED_AT) | if broken { BROKEN } else { 0 };
         if self.load() & OF_PARTITION != set {
             self.update(OF_PARTITION, set);
         }
@@ -100,6 +102,12 @@ impl Route {
 
     pub(super) fn closed(&self) -> Error {
         Error::Closed(format!("the route that had GSI {} (unallocated by now, or another route's)", self.gsi))
+    }
+
+    /// The GSI where the route is armed.
+    pub(super) fn armed_gsi(&self) -> Option<u32> {
+        let bits = self.load();
+        (bits & ARMED != 0).then_some((bits >> ARMED_AT) as u32 & 0xFFF)
     }
 
     pub(super) fn state(&self) -> GsiState {

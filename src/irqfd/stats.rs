@@ -15,4 +15,10 @@ pub struct PartitionStats {
     pub disarms: u64,
     /// Calls that the kernel refused.
     pub failures: u64,
+    /// Messages set on a route that the kernel's table had already.
+    pub hits: u64,
+    /// Messages set on a route that had to be pushed.
+    pub misses: u64,
+    /// Spare entries that pushes took along for later.
+    pub entries_loaded: u64,
 }

@@ -3,7 +3,7 @@
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::*;
@@ -25,16 +25,17 @@ use Call::{Assign, CreateVp, Deassign, Push};
 struct Kernel {
     image: BTreeMap<u32, RawMsi>,
     table: BTreeMap<u32, RawMsi>,
-    armed: BTreeSet<u32>,
-    /// How many interrupts were raised, by GSI.
-    raised: BTreeMap<u32, usize>,
+    /// The GSI of each irqfd, by the descriptor of its eventfd.
+    irqfds: BTreeMap<RawFd, u32>,
+    /// The interrupts raised, by the descriptor of the eventfd.
+    raised: BTreeMap<RawFd, Vec<RawMsi>>,
     calls: Vec<Call>,
     /// Which calls fail, counted from the next.
     failing: BTreeSet<usize>,
     count: usize,
     quiesced: bool,
-    /// GSIs whose disarming failed: those may be met by a push.
-    stuck: BTreeSet<u32>,
+    /// Eventfds that could not be disarmed: a push may meet those.
+    stuck: BTreeSet<RawFd>,
     violations: Vec<String>,
     /// The GSI whose eventfd somebody else has closed.
     closed_event: Option<u32>,
@@ -53,8 +54,14 @@ impl Kernel {
         Ok(())
     }
 
-    fn raise(&mut self, gsi: u32) {
-        *self.raised.entry(gsi).or_default() += 1;
+    fn raise(&mut self, fd: RawFd) {
+        let msi = self.table[&self.irqfds[&fd]];
+        self.raised.entry(fd).or_default().push(msi);
+    }
+
+    /// The GSIs where something is armed.
+    fn armed(&self) -> BTreeSet<u32> {
+        self.irqfds.values().copied().collect()
     }
 
     fn check(&mut self, fine: bool, rule: &str) {
@@ -97,45 +104,47 @@ impl Hypervisor for Recorder {
     fn push(&mut self) -> CallResult<usize> {
         let mut kernel = self.kernel();
         let entries = kernel.image.iter().map(|(gsi, msi)| (*gsi, msi.data as u8)).collect();
-        let met = kernel.quiesced && !kernel.armed.is_subset(&kernel.stuck);
+        let met = kernel.quiesced && !kernel.irqfds.keys().all(|fd| kernel.stuck.contains(fd));
         kernel.check(!met, "no push meets an armed irqfd");
         kernel.call(Operation::SetMsiRouting, Push(entries))?;
         kernel.table = kernel.image.clone();
-        let routed = kernel.armed.iter().all(|gsi| kernel.table.contains_key(gsi));
+        let routed = kernel.armed().iter().all(|gsi| kernel.table.contains_key(gsi));
         kernel.check(routed, "armed implies routed");
         Ok(kernel.table.len())
     }
 
     fn assign(&mut self, gsi: u32, holder: &dyn Holder) -> CallResult {
         let mut kernel = self.kernel();
-        let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.armed.contains(&gsi));
+        let fd = holder.event().as_raw_fd();
+        let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.irqfds.contains_key(&fd));
         kernel.check(routed, "armed implies routed");
         kernel.check(!twice, "an irqfd is assigned once");
         kernel.call(Operation::AssignIrqfd, Assign(gsi))?;
-        kernel.armed.insert(gsi);
+        kernel.irqfds.insert(fd, gsi);
         kernel.undrained += 1;
         if holder.event().is_readable().unwrap() {
-            kernel.raise(gsi);
+            kernel.raise(fd);
         }
         Ok(())
     }
 
     fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         let mut kernel = self.kernel();
-        let armed = kernel.armed.contains(&gsi);
-        kernel.check(armed, "what is disarmed was armed");
+        let fd = event.as_raw_fd();
+        let armed = kernel.irqfds.get(&fd) == Some(&gsi);
+        kernel.check(armed, "only an armed irqfd is disarmed");
         if kernel.closed_event == Some(gsi) {
-            kernel.stuck.insert(gsi);
+            kernel.stuck.insert(fd);
             return Err(CallError::new(Operation::DeassignIrqfd, "recorded call", libc::EBADF));
         }
         let result = kernel.call(Operation::DeassignIrqfd, Deassign(gsi));
         if result.is_ok() {
             // What arming left in the counter goes with the irqfd.
             event.consume().unwrap();
-            kernel.armed.remove(&gsi);
-            kernel.stuck.remove(&gsi);
+            kernel.irqfds.remove(&fd);
+            kernel.stuck.remove(&fd);
         } else {
-            kernel.stuck.insert(gsi);
+            kernel.stuck.insert(fd);
         }
         result
     }
@@ -159,17 +168,39 @@ impl Hypervisor for Recorder {
     }
 }
 
+/// The terms of a partition that decide which calls it makes.
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    quiesce: bool,
+    /// How many spare GSIs there are: none, fewer than a load has messages, or as many as it has.
+    spares: u32,
+    entries_per_move: usize,
+}
+
+const SETUPS: [Setup; 7] = [
+    Setup { quiesce: false, spares: 0, entries_per_move: 64 },
+    Setup { quiesce: true, spares: 0, entries_per_move: 0 },
+    Setup { quiesce: true, spares: 300, entries_per_move: 0 },
+    Setup { quiesce: true, spares: 3, entries_per_move: 0 },
+    Setup { quiesce: false, spares: 300, entries_per_move: 2 },
+    Setup { quiesce: false, spares: 3, entries_per_move: 2 },
+    Setup { quiesce: false, spares: 3, entries_per_move: 0 },
+];
+
 fn partition(quiesce: bool) -> (Arc<Partition>, Recorder) {
+    partition_of(SETUPS[usize::from(quiesce)])
+}
+
+fn partition_of(setup: Setup) -> (Arc<Partition>, Recorder) {
+    let Setup { quiesce, spares, entries_per_move } = setup;
     let recorder = Recorder::default();
     recorder.kernel().quiesced = quiesce;
+    let backend = if quiesce { Backend::Mshv } else { Backend::Kvm };
     let config = Config {
-        backend: if quiesce { Backend::Mshv } else { Backend::Kvm },
-        gsis: 24..32,
-        vps: None,
-        adopted: false,
         quiesce,
-        allow_missing_vp: false,
-        keep: Vec::new(),
+        spares: (spares > 0).then_some(2000..2000 + spares).into_iter().collect(),
+        entries_per_move,
+        ..Config::new(backend, 24..32)
     };
     let partition = Partition::new(Box::new(recorder.clone()), config).unwrap();
     partition.create_vp(0).unwrap();
@@ -299,7 +330,7 @@ fn a_batch_disarms_pushes_once_and_arms() {
         let calls = recorder.taken();
         let pushes: Vec<_> = calls.iter().filter(|call| matches!(call, Push(_))).collect();
         assert_eq!(pushes, [&Push(vec![(24, 0x41), (25, 0x52)])]);
-        assert_eq!(recorder.kernel().armed, BTreeSet::from([25]));
+        assert_eq!(recorder.kernel().armed(), BTreeSet::from([25]));
     }
 }
 
@@ -423,6 +454,10 @@ fn the_broadcast_destination_is_taken_by_kvm_only() {
     }
 }
 
+fn fd_of(route: &IrqFdRoute) -> RawFd {
+    route.shared().event.as_raw_fd()
+}
+
 /// What is known of a route from outside.
 type Seen = (GsiState, bool, Option<MsiRoute>);
 
@@ -452,11 +487,20 @@ fn check_rules_of<'a>(
         let gsi = route.gsi();
         match state {
             GsiState::Enabled => {
-                assert!(kernel.armed.contains(&gsi), "{context}: GSI {gsi} is said to be armed");
-                assert_eq!(kernel.table.get(&gsi).copied(), msi.map(MsiRoute::raw), "{context}: GSI {gsi}");
+                let at = route.armed_gsi().unwrap();
+                assert_eq!(
+                    kernel.irqfds.get(&fd_of(route)).copied(),
+                    at,
+                    "{context}: GSI {gsi} is said to be armed"
+                );
+                let message = at.and_then(|at| kernel.table.get(&at).copied());
+                assert_eq!(message, msi.map(MsiRoute::raw), "{context}: GSI {gsi}");
                 assert!(!masked, "{context}: GSI {gsi}");
             }
-            GsiState::Disabled => assert!(!kernel.armed.contains(&gsi), "{context}: GSI {gsi} is armed"),
+            GsiState::Disabled => {
+                assert!(!kernel.irqfds.contains_key(&fd_of(route)), "{context}: GSI {gsi} is armed");
+                assert_eq!(route.armed_gsi().unwrap(), None, "{context}: GSI {gsi}");
+            }
             GsiState::Broken => {}
             GsiState::Unallocated => panic!("{context}: GSI {gsi} of an open route is unallocated"),
         }
@@ -465,7 +509,11 @@ fn check_rules_of<'a>(
 
 /// Four routes in the states that matter: armed, armed, masked with another MSI, without an MSI.
 fn scene(quiesce: bool) -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
-    let (partition, recorder) = partition(quiesce);
+    scene_of(SETUPS[usize::from(quiesce)])
+}
+
+fn scene_of(setup: Setup) -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
+    let (partition, recorder) = partition_of(setup);
     let mut all = routes(&partition, &recorder, 3);
     all[2].mask().unwrap();
     all[2].set_msi(msi(0x60)).unwrap();
@@ -516,8 +564,8 @@ const OPERATIONS: [(&str, Operate); 11] = [
     }),
 ];
 
-fn number_of_calls(quiesce: bool, operate: Operate) -> usize {
-    let (partition, recorder, routes) = scene(quiesce);
+fn number_of_calls(setup: Setup, operate: Operate) -> usize {
+    let (partition, recorder, routes) = scene_of(setup);
     operate(&partition, &routes).unwrap();
     recorder.taken().len()
 }
@@ -540,16 +588,16 @@ fn everything_works(partition: &Arc<Partition>, recorder: &Recorder, routes: &[I
 
 #[test]
 fn a_call_that_fails_once_leaves_everything_as_it_was() {
-    for quiesce in [false, true] {
+    for setup in SETUPS {
         for (name, operate) in OPERATIONS {
-            for failing in 0..number_of_calls(quiesce, operate) {
-                let context = format!("{name}, quiesce={quiesce}, call {failing} fails");
-                let (partition, recorder, routes) = scene(quiesce);
-                let (before, armed) = (seen(&routes), recorder.kernel().armed.clone());
+            for failing in 0..number_of_calls(setup, operate) {
+                let context = format!("{name}, {setup:?}, call {failing} fails");
+                let (partition, recorder, routes) = scene_of(setup);
+                let (before, armed) = (seen(&routes), recorder.kernel().irqfds.clone());
                 recorder.fail([failing]);
                 assert!(matches!(operate(&partition, &routes), Err(Error::Failed(_))), "{context}");
                 assert_eq!(seen(&routes), before, "{context}");
-                assert_eq!(recorder.kernel().armed, armed, "{context}");
+                assert_eq!(recorder.kernel().irqfds, armed, "{context}");
                 check_rules(&partition, &recorder, &routes, &context);
                 everything_works(&partition, &recorder, &routes, &context);
             }
@@ -579,11 +627,11 @@ fn every_failure(attempt: &mut impl FnMut(&[usize]) -> usize) -> Vec<usize> {
 #[test]
 fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
     let mut broken = 0;
-    for quiesce in [false, true] {
+    for setup in SETUPS {
         for (name, operate) in OPERATIONS {
             let tried = every_failure(&mut |failing| {
-                let context = format!("{name}, quiesce={quiesce}, calls {failing:?} fail");
-                let (partition, recorder, routes) = scene(quiesce);
+                let context = format!("{name}, {setup:?}, calls {failing:?} fail");
+                let (partition, recorder, routes) = scene_of(setup);
                 let before = seen(&routes);
                 recorder.fail(failing.iter().copied());
                 let result = operate(&partition, &routes);
@@ -609,11 +657,11 @@ fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
                 everything_works(&partition, &recorder, &routes, &context);
                 what_is_broken_is_set_aside(&partition, routes, &failure.broken, &context);
                 partition.close().unwrap_or_else(|error| panic!("{context}: {error}"));
-                assert!(recorder.kernel().armed.is_empty(), "{context}: closing leaves nothing armed");
+                assert!(recorder.kernel().armed().is_empty(), "{context}: closing leaves nothing armed");
                 made
             });
-            assert_eq!(tried.first().copied().unwrap_or(0), number_of_calls(quiesce, operate));
-            println!("{name}, quiesce={quiesce}: sets of one, two, ... calls that failed: {tried:?}");
+            assert_eq!(tried.first().copied().unwrap_or(0), number_of_calls(setup, operate));
+            println!("{name}, {setup:?}: sets of one, two, ... calls that failed: {tried:?}");
         }
     }
     assert!(broken > 0, "no route was broken: the test shows nothing");
@@ -630,21 +678,21 @@ fn what_is_broken_is_set_aside(partition: &Arc<Partition>, routes: Vec<IrqFdRout
 
 #[test]
 fn closing_leaves_armed_only_what_the_kernel_refused_to_disarm_twice() {
-    for quiesce in [false, true] {
+    for setup in SETUPS {
         let tried = every_failure(&mut |failing| {
-            let context = format!("quiesce={quiesce}, calls {failing:?} fail");
-            let (partition, recorder, routes) = scene(quiesce);
+            let context = format!("{setup:?}, calls {failing:?} fail");
+            let (partition, recorder, routes) = scene_of(setup);
             recorder.fail(failing.iter().copied());
             assert_eq!(partition.close().is_err(), !failing.is_empty(), "{context}");
             assert!(routes.iter().all(IrqFdRoute::is_closed), "{context}");
             let calls = recorder.taken();
             let tries = |gsi| calls.iter().filter(|call| **call == Deassign(gsi)).count();
-            assert!(recorder.kernel().armed.iter().all(|gsi| tries(*gsi) == 2), "{context}: {calls:?}");
+            assert!(recorder.kernel().armed().iter().all(|gsi| tries(*gsi) == 2), "{context}: {calls:?}");
             assert_eq!(recorder.kernel().violations, Vec::<String>::new(), "{context}");
             calls.len()
         });
         assert_eq!(tried[0], 2, "two routes are armed");
-        println!("close the partition, quiesce={quiesce}: sets of one, two, ... calls that failed: {tried:?}");
+        println!("close the partition, {setup:?}: sets of one, two, ... calls that failed: {tried:?}");
     }
 }
 
@@ -736,19 +784,19 @@ fn closing_the_partition_tries_once_more_to_disarm_what_a_route_could_not() {
     let all = routes(&partition, &recorder, 1);
     recorder.fail([0]);
     assert!(all[0].close().is_err());
-    assert_eq!(recorder.kernel().armed, BTreeSet::from([24]));
+    assert_eq!(recorder.kernel().armed(), BTreeSet::from([24]));
     assert!(matches!(all[0].signal(1), Err(Error::Closed(_))));
     partition.close().unwrap();
-    assert_eq!(recorder.kernel().armed, BTreeSet::new());
+    assert_eq!(recorder.kernel().armed(), BTreeSet::new());
 }
 
 #[test]
 fn an_eventfd_of_one_route_is_refused_for_another_until_the_first_is_closed() {
     let ((ours, _), (theirs, _)) = (partition(true), partition(true));
     let event = EventFd::new().unwrap();
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&event);
+    let fd = event.as_raw_fd();
     let route = ours.new_route(Some(fd)).unwrap();
-    assert_eq!(route.fileno().unwrap(), std::os::fd::AsRawFd::as_raw_fd(&route.shared().event));
+    assert_eq!(route.fileno().unwrap(), route.shared().event.as_raw_fd());
     assert!(route.signal_may_block() && !ours.new_route(None).unwrap().signal_may_block());
     for other in [&ours, &theirs] {
         let refused = other.new_route(Some(fd)).unwrap_err().to_string();
@@ -791,7 +839,7 @@ fn what_cannot_be_drained_is_not_left_armed_unknown_to_us() {
         recorder.fail(failing);
         assert!(route.set_msi(msi(0x41)).is_err());
         assert_eq!(route.state().unwrap(), state);
-        assert_eq!(recorder.kernel().armed.contains(&24), state == GsiState::Broken);
+        assert_eq!(recorder.kernel().armed().contains(&24), state == GsiState::Broken);
         check_rules(&partition, &recorder, std::slice::from_ref(&route), "after a failed drain");
     }
 }
@@ -804,7 +852,7 @@ fn what_was_armed_before_and_can_not_be_drained_again_is_disarmed_and_said_so() 
     recorder.kernel().drain_fails = true;
     let Err(Error::Failed(failure)) = route.set_msi(msi(0x50)) else { panic!("no failure") };
     assert_eq!((failure.broken, failure.disarmed), (vec![], vec![24]));
-    assert_eq!((armed.armed().unwrap(), recorder.kernel().armed.len()), (false, 0));
+    assert_eq!((armed.armed().unwrap(), recorder.kernel().armed().len()), (false, 0));
     recorder.kernel().drain_fails = false;
     route.set_msi(msi(0x51)).unwrap();
     assert!(armed.armed().unwrap() && route.armed().unwrap());

@@ -79,15 +79,7 @@ impl Baseline {
 /// A partition whose kernel does nothing, with one VP.
 #[pyfunction]
 pub(crate) fn null_partition(py: Python<'_>, gsis: &Bound<'_, PyAny>) -> PyResult<Partition> {
-    let config = Config {
-        backend: Backend::Simulated,
-        gsis: arguments::gsis(gsis)?,
-        vps: None,
-        adopted: false,
-        quiesce: false,
-        allow_missing_vp: false,
-        keep: Vec::new(),
-    };
+    let config = Config { quiesce: false, ..Config::new(Backend::Simulated, arguments::gsis(gsis)?) };
     let core = py.detach(|| -> irqfd::Result<_> {
         let core = irqfd::Partition::new(Box::new(NullPartition::new()), config)?;
         core.create_vp(0)?;

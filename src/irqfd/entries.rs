@@ -1,0 +1,225 @@
+//! The messages at each GSI: the entries of the image and of the kernel's table, each route's own and the spare ones.
+//!
+//! The kernel's table is a cache of messages. An irqfd can be armed at any GSI whose entry is its message, so a route is
+//! armed at its own GSI or at a spare one. Spare entries are loaded before a route needs them, and replaced when no
+//! route has its place there.
+
+use std::collections::HashMap;
+
+use crate::hypervisor::{Hypervisor, RawMsi};
+
+/// The entries of one partition, by GSI.
+#[derive(Debug)]
+pub(super) struct Entries {
+    /// By GSI, up to the highest in use.
+    entries: Vec<Entry>,
+    /// The spare GSIs, in order.
+    spares: Vec<u16>,
+    /// The GSIs whose entry in the image may differ from the kernel's.
+    dirty: Vec<u16>,
+    /// The spare GSI of each message that the kernel's table has at one.
+    loaded: HashMap<RawMsi, u16>,
+    /// How many entries the image has.
+    len: usize,
+    /// The number of the latest use of a spare entry.
+    clock: u32,
+}
+
+/// The entry of one GSI.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    image: Cell,
+    kernel: Cell,
+    /// The number of its latest use; 0 if no route has been armed here since it was loaded.
+    used: u32,
+    /// How many routes have their place here, if it is spare.
+    routes: u16,
+    is_spare: bool,
+    is_dirty: bool,
+}
+
+/// A message or none, in eight bytes: no MSI has address 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cell(RawMsi);
+
+impl Cell {
+    const EMPTY: Self = Self(RawMsi { address: 0, data: 0 });
+
+    fn of(msi: Option<RawMsi>) -> Self {
+        msi.map_or(Self::EMPTY, Self)
+    }
+
+    fn get(self) -> Option<RawMsi> {
+        (self != Self::EMPTY).then_some(self.0)
+    }
+}
+
+/// How soon the entry of a spare GSI may be replaced: sooner if less. An entry that a route has used is worth more than
+/// one that was loaded in advance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Worth {
+    Empty,
+    NeverUsed,
+    Used(u32),
+}
+
+impl Entries {
+    /// Empty entries for GSIs below `end`, of which `spares` are spare.
+    pub(super) fn new(end: u32, spares: Vec<u16>) -> Self {
+        let empty =
+            Entry { image: Cell::EMPTY, kernel: Cell::EMPTY, used: 0, routes: 0, is_spare: false, is_dirty: false };
+        let mut entries = vec![empty; end as usize];
+        spares.iter().for_each(|gsi| entries[usize::from(*gsi)].is_spare = true);
+        Self { entries, spares, dirty: Vec::new(), loaded: HashMap::new(), len: 0, clock: 0 }
+    }
+
+    /// The message in the image at a GSI.
+    pub(super) fn image(&self, gsi: u32) -> Option<RawMsi> {
+        self.entries[gsi as usize].image.get()
+    }
+
+    /// The message in the kernel's table at a GSI.
+    pub(super) fn kernel(&self, gsi: u32) -> Option<RawMsi> {
+        self.entries[gsi as usize].kernel.get()
+    }
+
+    /// How many entries the image has.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn spares(&self) -> usize {
+        self.spares.len()
+    }
+
+    /// The kernel's table, by GSI.
+    pub(super) fn kernel_table(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
+        self.entries.iter().enumerate().filter_map(|(gsi, entry)| Some((gsi as u32, entry.kernel.get()?)))
+    }
+
+    /// Where the kernel's table has a message for the route with this own GSI.
+    pub(super) fn find(&self, own: u32, msi: RawMsi) -> Option<u32> {
+        if self.kernel(own) == Some(msi) {
+            return Some(own);
+        }
+        self.spare_of(msi)
+    }
+
+    /// The spare GSI where the kernel's table has a message.
+    pub(super) fn spare_of(&self, msi: RawMsi) -> Option<u32> {
+        self.loaded.get(&msi).map(|gsi| u32::from(*gsi))
+    }
+
+    /// Changes the image. Makes no call.
+    pub(super) fn put(
+        &mut self,
+        hypervisor: Option<&mut (dyn Hypervisor + 'static)>,
+        gsi: u32,
+        msi: Option<RawMsi>,
+    ) {
+        let entry = &mut self.entries[gsi as usize];
+        let before = std::mem::replace(&mut entry.image, Cell::of(msi));
+        if entry.image == before {
+            return;
+        }
+        self.len = self.len + usize::from(msi.is_some()) - usize::from(before != Cell::EMPTY);
+        if !std::mem::replace(&mut entry.is_dirty, true) {
+            self.dirty.push(gsi as u16);
+        }
+        if let Some(hypervisor) = hypervisor {
+            match msi {
+                Some(msi) => hypervisor.set_entry(gsi, msi),
+                None => hypervisor.drop_entry(gsi),
+            }
+        }
+    }
+
+    /// The kernel has taken the image.
+    pub(super) fn pushed(&mut self) {
+        for gsi in &self.dirty {
+            let entry = &mut self.entries[usize::from(*gsi)];
+            entry.is_dirty = false;
+            let before = std::mem::replace(&mut entry.kernel, entry.image);
+            if !entry.is_spare || before == entry.kernel {
+                continue;
+            }
+            entry.used = 0;
+            if let Some(msi) = before.get()
+                && self.loaded.get(&msi) == Some(gsi)
+            {
+                self.loaded.remove(&msi);
+            }
+            if let Some(msi) = entry.kernel.get() {
+                self.loaded.insert(msi, *gsi);
+            }
+        }
+        self.dirty.clear();
+    }
+
+    /// Restores the spare entries of the image to what the kernel has, after a push that failed or was not made.
+    pub(super) fn restore_spares(&mut self, mut hypervisor: Option<&mut (dyn Hypervisor + 'static)>) {
+        for gsi in self.dirty.clone() {
+            let entry = &self.entries[usize::from(gsi)];
+            if entry.is_spare {
+                self.put(hypervisor.as_deref_mut(), gsi.into(), entry.kernel.get());
+            }
+        }
+        let entries = &mut self.entries;
+        self.dirty.retain(|gsi| {
+            let entry = &mut entries[usize::from(*gsi)];
+            entry.is_dirty = !entry.is_spare;
+            entry.is_dirty
+        });
+    }
+
+    /// Gives a route its place at a GSI, whose entry then stays. Only spare entries need to know.
+    pub(super) fn reserve(&mut self, gsi: u32) {
+        let entry = &mut self.entries[gsi as usize];
+        if entry.is_spare {
+            entry.routes += 1;
+        }
+    }
+
+    /// Takes a route's place away.
+    pub(super) fn release(&mut self, gsi: u32) {
+        let entry = &mut self.entries[gsi as usize];
+        if entry.is_spare {
+            entry.routes -= 1;
+        }
+    }
+
+    /// Notes that a route was armed at a GSI.
+    pub(super) fn touch(&mut self, gsi: u32) {
+        if !self.entries[gsi as usize].is_spare {
+            return;
+        }
+        self.clock = self.clock.checked_add(1).unwrap_or_else(|| {
+            // After some days of nothing but retargets: all that were used are used alike.
+            self.entries.iter_mut().for_each(|entry| entry.used = entry.used.min(1));
+            2
+        });
+        self.entries[gsi as usize].used = self.clock;
+    }
+
+    /// The spare GSIs whose entry may be replaced, the least worth keeping first.
+    pub(super) fn replaceable(&self) -> Vec<(Worth, u32)> {
+        let worth = |gsi: &u16| {
+            let entry = &self.entries[usize::from(*gsi)];
+            let worth = match (entry.image.get(), entry.used) {
+                (None, _) => Worth::Empty,
+                (_, 0) => Worth::NeverUsed,
+                (_, used) => Worth::Used(used),
+            };
+            (entry.routes == 0).then_some((worth, u32::from(*gsi)))
+        };
+        let mut found: Vec<_> = self.spares.iter().filter_map(worth).collect();
+        found.sort_unstable();
+        found
+    }
+
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn dirty_len(&self) -> usize {
+        self.dirty.len()
+    }
+}
