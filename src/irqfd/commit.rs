@@ -178,7 +178,6 @@ impl State {
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
-        self.entries.touch(self.slots[index].place());
         Ok(())
     }
 

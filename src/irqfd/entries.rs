@@ -30,7 +30,7 @@ pub(super) struct Entries {
 struct Entry {
     image: Cell,
     kernel: Cell,
-    /// The number of its latest use; 0 if no route has been armed here since it was loaded.
+    /// The number of its latest use: when a route left it. 0 if none has since it was loaded.
     used: u32,
     /// How many routes have their place here, if it is spare.
     routes: u16,
@@ -180,16 +180,8 @@ impl Entries {
         }
     }
 
-    /// Takes a route's place away.
+    /// Takes a route's place away, which is the entry's latest use.
     pub(super) fn release(&mut self, gsi: u32) {
-        let entry = &mut self.entries[gsi as usize];
-        if entry.is_spare {
-            entry.routes -= 1;
-        }
-    }
-
-    /// Notes that a route was armed at a GSI.
-    pub(super) fn touch(&mut self, gsi: u32) {
         if !self.entries[gsi as usize].is_spare {
             return;
         }
@@ -198,7 +190,9 @@ impl Entries {
             self.entries.iter_mut().for_each(|entry| entry.used = entry.used.min(1));
             2
         });
-        self.entries[gsi as usize].used = self.clock;
+        let entry = &mut self.entries[gsi as usize];
+        entry.routes -= 1;
+        entry.used = self.clock;
     }
 
     /// The spare GSIs whose entry may be replaced, the least worth keeping first.

@@ -1,5 +1,6 @@
 //! The core on a hypervisor that records the calls made to it, watches the rules, and fails as it is told.
 
+mod loading;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,0 +1,223 @@
+//! The kernel's table as a cache: places of messages, pushes that load, and entries that are replaced.
+
+use super::*;
+
+const LOADED: Setup = SETUPS[2];
+const FEW: Setup = SETUPS[3];
+
+fn pushes(calls: &[Call]) -> usize {
+    calls.iter().filter(|call| matches!(call, Push(_))).count()
+}
+
+fn to(vector: u8, vp: u8) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000 | u64::from(vp) << 12, vector.into()).unwrap()
+}
+
+/// A partition with armed routes on vectors 0x41, 0x42, ...
+fn armed(setup: Setup, count: u8) -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
+    let (partition, recorder) = partition_of(setup);
+    let routes = routes(&partition, &recorder, count);
+    (partition, recorder, routes)
+}
+
+#[test]
+fn the_first_push_loads_every_vector_of_every_vp_and_leaves_the_routes_at_their_own_gsis() {
+    let (partition, recorder, routes) = armed(LOADED, 2);
+    let table = recorder.kernel().table.clone();
+    let vectors: BTreeSet<_> = table.range(2000..).map(|(_, msi)| msi.data).collect();
+    assert_eq!(vectors, (16..=255).collect());
+    assert_eq!(routes.iter().map(|route| route.armed_gsi().unwrap()).collect::<Vec<_>>(), [Some(24), Some(25)]);
+    let stats = partition.stats().unwrap();
+    assert_eq!((stats.pushes, stats.misses, stats.hits, stats.entries_loaded), (1, 2, 0, 240));
+}
+
+#[test]
+fn a_retarget_to_a_loaded_message_moves_that_route_alone() {
+    let (partition, recorder, routes) = armed(LOADED, 3);
+    routes[1].set_msi(msi(0x99)).unwrap();
+    let spare = routes[1].armed_gsi().unwrap().unwrap();
+    assert_eq!(recorder.taken(), [Deassign(25), Assign(spare)]);
+    assert_eq!(recorder.kernel().table[&spare], msi(0x99).raw());
+    // Back to the message at its own GSI.
+    routes[1].set_msi(msi(0x42)).unwrap();
+    assert_eq!(recorder.taken(), [Deassign(spare), Assign(25)]);
+    let stats = partition.stats().unwrap();
+    assert_eq!((stats.pushes, stats.hits), (1, 2));
+    check_rules(&partition, &recorder, &routes, "moved there and back");
+}
+
+#[test]
+fn routes_with_one_message_share_its_spare_gsi() {
+    let (partition, recorder, routes) = armed(LOADED, 3);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    routes.iter().for_each(|route| batch.set_msi(route, msi(0x77)));
+    batch.commit().unwrap();
+    let places: BTreeSet<_> = routes.iter().map(|route| route.armed_gsi().unwrap()).collect();
+    assert_eq!((places.len(), pushes(&recorder.taken())), (1, 0));
+    routes[0].close().unwrap();
+    assert!(routes[1].armed().unwrap() && routes[2].armed().unwrap());
+    check_rules(&partition, &recorder, &routes, "one of those that share is closed");
+}
+
+#[test]
+fn routes_brought_up_one_by_one_cost_one_push() {
+    let (partition, recorder) = partition_of(LOADED);
+    let all: Vec<_> = (0x41..0x49).map(|vector| (partition.new_route(None).unwrap(), msi(vector))).collect();
+    all.iter().for_each(|(route, msi)| route.set_msi(*msi).unwrap());
+    assert_eq!(pushes(&recorder.taken()), 1);
+    assert!(all.iter().all(|(route, _)| route.armed().unwrap()));
+}
+
+#[test]
+fn a_vp_made_later_is_taken_along_with_the_next_push() {
+    let (partition, recorder, routes) = armed(Setup { spares: 600, ..LOADED }, 2);
+    partition.create_vp(1).unwrap();
+    routes[0].set_msi(to(0x50, 1)).unwrap();
+    assert_eq!(pushes(&recorder.taken()), 1);
+    routes[1].set_msi(to(0x51, 1)).unwrap();
+    assert_eq!(pushes(&recorder.taken()), 0);
+    assert_eq!(partition.stats().unwrap().entries_loaded, 480 - 1, "the missed message is not loaded but placed");
+}
+
+#[test]
+fn no_message_is_loaded_for_a_destination_without_a_vp() {
+    let (_, recorder, routes) = armed(LOADED, 1);
+    // A logical destination is not checked, and says nothing about VPs.
+    routes[0].set_msi(MsiRoute::new(0xFEE0_3004, 0x41).unwrap()).unwrap();
+    let kernel = recorder.kernel();
+    let destinations: BTreeSet<_> =
+        kernel.table.values().map(|msi| (msi.address >> 12 & 0xFF, msi.address & 4)).collect();
+    assert_eq!(destinations, BTreeSet::from([(0, 0), (3, 4)]));
+}
+
+#[test]
+fn a_message_without_a_vector_of_its_own_loads_nothing() {
+    let (partition, recorder) = partition_of(LOADED);
+    let route = partition.new_route(None).unwrap();
+    let nmi = MsiRoute::new(0xFEE0_0000, 0x400).unwrap();
+    route.set_msi(nmi).unwrap();
+    assert_eq!(recorder.taken(), [Push(vec![(24, 0)]), Assign(24)]);
+}
+
+#[test]
+fn the_least_recently_used_entry_is_replaced_and_never_one_that_a_route_has_its_place_at() {
+    let (partition, recorder, routes) = armed(FEW, 4);
+    // Four routes and three spare GSIs: each new message takes a spare one, as long as there is one without a route.
+    for (route, vector) in routes.iter().zip([0x61, 0x62, 0x63]) {
+        route.set_msi(msi(vector)).unwrap();
+    }
+    let spare = |route: &IrqFdRoute| route.armed_gsi().unwrap().filter(|gsi| *gsi >= 2000);
+    assert_eq!(routes.iter().filter_map(spare).collect::<BTreeSet<_>>(), (2000..2003).collect());
+    // The fourth finds none, and has its own entry changed.
+    routes[3].set_msi(msi(0x64)).unwrap();
+    assert_eq!(routes[3].armed_gsi().unwrap(), Some(27));
+    // Routes 1 and then 0 go back to their own messages. Their spare entries stay, and the older use is replaced first.
+    routes[1].set_msi(msi(0x42)).unwrap();
+    routes[0].set_msi(msi(0x41)).unwrap();
+    recorder.taken();
+    let (older, newer) = (msi(0x62).raw(), msi(0x61).raw());
+    routes[3].set_msi(msi(0x65)).unwrap();
+    let kernel = recorder.kernel();
+    let there: Vec<_> = kernel.table.range(2000..).map(|(_, msi)| *msi).collect();
+    assert!(!there.contains(&older) && there.contains(&newer), "{there:?}");
+    drop(kernel);
+    check_rules(&partition, &recorder, &routes, "an entry was replaced");
+}
+
+#[test]
+fn a_masked_route_keeps_its_place_so_that_unmasking_pushes_nothing() {
+    let (partition, recorder, routes) = armed(FEW, 2);
+    routes[0].set_msi(msi(0x61)).unwrap();
+    let place = routes[0].armed_gsi().unwrap();
+    assert!(place >= Some(2000));
+    routes[0].mask().unwrap();
+    (0x70..0x80).for_each(|vector| routes[1].set_msi(msi(vector)).unwrap());
+    recorder.taken();
+    routes[0].unmask().unwrap();
+    assert_eq!(recorder.taken(), [Assign(place.unwrap())]);
+    check_rules(&partition, &recorder, &routes, "unmasked");
+}
+
+#[test]
+fn a_failed_push_loads_nothing_and_the_next_one_takes_nothing_along() {
+    let (partition, recorder) = partition_of(LOADED);
+    let route = partition.new_route(None).unwrap();
+    recorder.fail([0]);
+    assert!(route.set_msi(msi(0x41)).is_err());
+    let Push(tried) = &recorder.taken()[0] else { panic!("no push") };
+    assert_eq!((tried.len(), partition.stats().unwrap().entries_loaded), (241, 0));
+    // A table of that size may be what the kernel had no memory for.
+    route.set_msi(msi(0x41)).unwrap();
+    assert_eq!(recorder.taken(), [Push(vec![(24, 0x41)]), Assign(24)]);
+    route.set_msi(msi(0x42)).unwrap();
+    assert!(matches!(&recorder.taken()[1], Push(entries) if entries.len() > 200));
+    check_rules(&partition, &recorder, std::slice::from_ref(&route), "loaded in the end");
+}
+
+#[test]
+fn a_move_that_fails_between_disarming_and_arming_ends_where_it_began() {
+    let (partition, recorder, routes) = armed(LOADED, 2);
+    routes[0].signal(1).unwrap();
+    routes[0].shared().event.consume().unwrap();
+    recorder.fail([1]);
+    assert!(matches!(routes[0].set_msi(msi(0x99)), Err(Error::Failed(_))));
+    assert!(matches!(recorder.taken()[..], [Deassign(24), Assign(2000..), Assign(24)]));
+    assert_eq!((routes[0].armed_gsi().unwrap(), routes[0].msi().unwrap()), (Some(24), Some(msi(0x41))));
+    check_rules(&partition, &recorder, &routes, "moved back");
+}
+
+#[test]
+fn where_a_push_is_cheaper_than_a_move_the_table_stays_small_and_entries_change_in_place() {
+    let setup = Setup { quiesce: false, spares: 300, entries_per_move: 4 };
+    let (partition, recorder, mut routes) = armed(setup, 4);
+    routes[0].set_msi(msi(0x99)).unwrap();
+    assert_eq!(recorder.taken(), [Push(vec![(24, 0x99), (25, 0x42), (26, 0x43), (27, 0x44)])]);
+    // With one route more a move is cheaper; the next message that is missed brings the others along.
+    routes.push(partition.new_route(None).unwrap());
+    routes[4].set_msi(msi(0x45)).unwrap();
+    assert_eq!(pushes(&recorder.taken()), 1);
+    routes[1].set_msi(msi(0x77)).unwrap();
+    assert!(matches!(recorder.taken()[..], [Deassign(25), Assign(2000..)]));
+    // Moving all that are at their own GSIs is dearer than one push.
+    let setup = Setup { entries_per_move: 62, ..setup };
+    let (partition, recorder) = partition_of(setup);
+    let config = partition.config().clone();
+    assert_eq!(config.entries_per_move, 62);
+    let few = super::routes(&partition, &recorder, 4);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    few.iter().zip(0x91..).for_each(|(route, vector)| batch.set_msi(route, msi(vector)));
+    batch.commit().unwrap();
+    assert!(matches!(&recorder.taken()[..], [Push(_)]));
+    check_rules(&partition, &recorder, &few, "changed in place");
+}
+
+#[test]
+fn where_a_push_is_cheaper_again_the_loaded_entries_leave_with_it() {
+    let setup = Setup { quiesce: false, spares: 300, entries_per_move: 2 };
+    let (partition, recorder, mut routes) = armed(setup, 4);
+    assert!(recorder.kernel().table.len() > 200);
+    routes.truncate(1);
+    routes[0].set_msi(MsiRoute::new(0xFEE0_0008, 0x41).unwrap()).unwrap();
+    assert_eq!(recorder.kernel().table.len(), 1);
+    check_rules(&partition, &recorder, &routes, "small again");
+}
+
+#[test]
+fn spare_gsis_that_are_in_other_use_or_too_many_are_refused() {
+    let make = |gsis: std::ops::Range<u32>, spares: std::ops::Range<u32>, backend: Backend| {
+        let keep = vec![(3000, msi(0x41).raw())];
+        let spares = vec![spares; 1];
+        let config = Config { adopted: true, keep, spares, ..Config::new(backend, gsis) };
+        Partition::new(Box::new(Recorder::default()), config).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(make(24..32, 32..3000, Backend::Kvm), Ok(()));
+    for (gsis, spares, words) in [
+        (24..32, 31..40, "spare range(31, 40) overlaps gsis range(24, 32)"),
+        (24..32, 2999..3001, "spare range(2999, 3001) has GSI 3000"),
+        (24..32, 4000..4097, "spare range(4000, 4097) leaves 0-4095"),
+        (0..2, 2..4096, "4094 spare GSIs and 2 of gsis are more than the 4095 entries"),
+    ] {
+        let refused = make(gsis, spares, Backend::Mshv).unwrap_err();
+        assert!(refused.contains(words), "{refused}");
+    }
+}
