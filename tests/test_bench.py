@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("rich", reason='the bench needs its extra: pip install "mshv_irqfd[bench]"')
 
-from mshv_irqfd import cli
-from mshv_irqfd.cli import bench
-from mshv_irqfd.cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd import _cli as cli
+from mshv_irqfd._cli import bench
+from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +87,7 @@ def test_a_plot_is_drawn_from_a_run(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"plot.{suffix}"
     # Elsewhere, because numpy keeps threads.
     arguments = ["bench", "--quick", "--backend", "null", "--workloads", "push", "--plot", str(file)]
-    subprocess.run([sys.executable, "-m", "mshv_irqfd.cli", *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "mshv_irqfd._cli", *arguments], check=True, capture_output=True)
     assert file.read_bytes()[:4] == {"svg": b"<?xm", "png": b"\x89PNG"}[suffix]
 
 
@@ -209,7 +209,7 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path, capsys: p
     [(1.046, "1.05 ±0%"), (0.6, "0.60 ±0%"), (0.1008, "1/9.92 ±0%"), (1 / 1090, "1/1090 ±0%"), (2000.0, ">1000")],
 )
 def test_a_ratio_is_shown_as_people_say_it(value: float, shown: str) -> None:
-    report = pytest.importorskip("mshv_irqfd.cli.bench.report", reason="needs rich")
+    report = pytest.importorskip("mshv_irqfd._cli.bench.report", reason="needs rich")
     assert report.ratio({"value": value, "low": value, "high": value}) == shown
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hvstub import HvStub, Scheduler
-from mshv_irqfd.cli import main, probe
+from mshv_irqfd._cli import main, probe
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
 INTERRUPTS = Path("/dev/hvstub")

@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypedDict
 
-from mshv_irqfd.cli.bench import machine
-from mshv_irqfd.cli.bench.measure import interval
+from mshv_irqfd._cli.bench import machine
+from mshv_irqfd._cli.bench.measure import interval
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mshv_irqfd.cli.bench.measure import Cell, Plan, Ratio
+    from mshv_irqfd._cli.bench.measure import Cell, Plan, Ratio
 
 FORMAT = 1
 

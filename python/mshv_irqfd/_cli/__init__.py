@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mshv_irqfd.cli import bench, demo, probe
+from mshv_irqfd._cli import bench, demo, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,12 +8,12 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
-from mshv_irqfd.cli.bench.designs import WORKLOADS
+from mshv_irqfd._cli.bench.designs import WORKLOADS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mshv_irqfd.cli.bench.results import Results
+    from mshv_irqfd._cli.bench.results import Results
 
 STYLES = {
     "package": ("black", "-", "o"),

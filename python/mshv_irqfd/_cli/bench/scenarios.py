@@ -12,14 +12,14 @@ from time import perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MsiRoute, _core, open_partition
-from mshv_irqfd.cli.bench import machine
-from mshv_irqfd.cli.bench.designs import FIRST_GSI, vector
-from mshv_irqfd.cli.bench.measure import interval
+from mshv_irqfd._cli.bench import machine
+from mshv_irqfd._cli.bench.designs import FIRST_GSI, vector
+from mshv_irqfd._cli.bench.measure import interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mshv_irqfd.cli.bench.results import Scenario
+    from mshv_irqfd._cli.bench.results import Scenario
 
 PARTITIONS = 64
 ROUTES_EACH = 16
@@ -164,7 +164,7 @@ def memory(backend: str, seconds: float) -> list[Scenario]:
 
 
 def _measured_memory(backend: str) -> float:
-    command = [sys.executable, "-m", "mshv_irqfd.cli.bench.scenarios", backend]
+    command = [sys.executable, "-m", "mshv_irqfd._cli.bench.scenarios", backend]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603 -- ourselves
 
 

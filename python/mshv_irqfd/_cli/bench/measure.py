@@ -10,7 +10,7 @@ from statistics import median, quantiles
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from mshv_irqfd.cli.bench import designs
+from mshv_irqfd._cli.bench import designs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

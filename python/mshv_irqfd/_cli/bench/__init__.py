@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MshvIrqFdError
-from mshv_irqfd.cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -143,7 +143,7 @@ def run_compare(options: Namespace) -> int:
     """Shows what differs between two runs; 2 if one can't be read."""
     if problem := _missing("rich"):
         return _say(problem)
-    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+    from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
 
     try:
         before, after = results.read(options.before), results.read(options.after)
@@ -157,7 +157,7 @@ def run(options: Namespace) -> int:
     """Measures and shows; 0 when done, 2 if something that it needs is not there."""
     if problem := _missing("rich", *(["matplotlib"] if options.plot else [])):
         return _say(problem)
-    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+    from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
 
     for file in (options.json, options.plot):
         if file and not file.absolute().parent.is_dir():
@@ -180,14 +180,14 @@ def run(options: Namespace) -> int:
     if options.json:
         results.write(options.json, found)
     if options.plot:
-        from mshv_irqfd.cli.bench import plot  # noqa: PLC0415 -- an extra, which may be missing
+        from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- an extra, which may be missing
 
         plot.write(options.plot, found)
     return 0
 
 
 def _measure(plan: measure.Plan, terminal: Console, *, with_scenarios: bool) -> results.Results:
-    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+    from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
 
     measurement = measure.Measurement(plan)
     machine.raise_descriptor_limit(max(plan.routes) * len(measurement.designs))
