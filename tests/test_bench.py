@@ -18,6 +18,8 @@ pytest.importorskip("rich", reason='the bench needs its extra: pip install "mshv
 from mshv_irqfd import _cli as cli
 from mshv_irqfd._cli import bench
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd._cli.bench.package import Package
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +44,7 @@ def test_a_quick_run_measures_every_workload_with_every_design(backend: str, tmp
     assert cli.main(["bench", "--quick", "--backend", backend, "--routes", "1,5", "--json", str(file)]) == 0
     run = results.read(file)
     assert [(row["routes"], row["workload"]) for row in run["rows"]] == [
-        (routes, workload) for routes in (1, 5) for workload in designs.WORKLOADS
+        (routes, workload) for routes in (1, 5) for workload in WORKLOADS
     ]
     for row in run["rows"]:
         assert set(row["designs"]) == set(designs.of_backend(backend))
@@ -62,8 +64,8 @@ def test_any_workload_of_the_python_designs_can_follow_any_other(backend: str) -
     for name in designs.of_backend(backend):
         design = designs.MAKERS[name](backend, 3)
         try:
-            for first in designs.WORKLOADS:
-                for second in designs.WORKLOADS:
+            for first in WORKLOADS:
+                for second in WORKLOADS:
                     assert design.run(first, 2) >= 0
                     assert design.run(second, 1) >= 0
         finally:
@@ -71,7 +73,7 @@ def test_any_workload_of_the_python_designs_can_follow_any_other(backend: str) -
 
 
 def test_one_by_one_the_package_pushes_once_for_every_route_it_brings_up() -> None:
-    package = designs.Package("simulated", 4)
+    package = Package("simulated", 4)
     try:
         for _ in range(3):
             before = package.partition.stats().pushes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mshv_irqfd import MshvIrqFdError
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -46,9 +47,9 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument(
         "--workloads",
         type=_workloads,
-        default=list(designs.WORKLOADS),
+        default=list(WORKLOADS),
         metavar="NAME[,NAME...]",
-        help=f"which of {', '.join(designs.WORKLOADS)} (default: all)",
+        help=f"which of {', '.join(WORKLOADS)} (default: all)",
     )
     parser.add_argument(
         "--routes",
@@ -87,8 +88,8 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
 def _workloads(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in designs.WORKLOADS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no workload; there are {', '.join(designs.WORKLOADS)}")
+        if name not in WORKLOADS:
+            raise argparse.ArgumentTypeError(f"{name!r} is no workload; there are {', '.join(WORKLOADS)}")
     return names
 
 

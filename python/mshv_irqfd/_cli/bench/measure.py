@@ -11,6 +11,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from mshv_irqfd._cli.bench import designs
+from mshv_irqfd._cli.bench.workloads import is_repeatable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -161,7 +162,7 @@ class Measurement:
             first = done % len(names)
             for name in names[first:] + names[:first]:
                 calls = cell.calls[name]
-                if designs.is_repeatable(cell.workload):
+                if is_repeatable(cell.workload):
                     # The design before it may have left the caches full or empty, and it is always the same one.
                     made[name].run(cell.workload, 1)
                 cell.samples[name].append(made[name].run(cell.workload, calls) / calls)

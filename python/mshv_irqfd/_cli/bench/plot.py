@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
-from mshv_irqfd._cli.bench.designs import WORKLOADS
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from pathlib import Path

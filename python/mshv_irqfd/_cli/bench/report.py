@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mshv_irqfd._cli.bench.designs import WORKLOADS
 from mshv_irqfd._cli.bench.measure import MOST_SPREAD, Ratio
 from mshv_irqfd._cli.bench.results import is_ours
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from mshv_irqfd._cli.bench.results import Compared, Results, Row, Summary

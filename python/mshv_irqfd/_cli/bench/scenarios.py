@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from mshv_irqfd import MsiRoute, _core, open_partition
 from mshv_irqfd._cli.bench import machine
-from mshv_irqfd._cli.bench.designs import FIRST_GSI, vector
 from mshv_irqfd._cli.bench.measure import interval
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
