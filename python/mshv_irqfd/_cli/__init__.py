@@ -1,4 +1,4 @@
-"""The console script `mshv-irqfd`: one module a subcommand."""
+"""The console script `mshv-irqfd`, with one module for each subcommand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m mshv_irqfd._cli`, for where the console script is not on the path."""
+"""`python -m mshv_irqfd._cli`, for when the console script is not on the path."""
 
 import sys
 

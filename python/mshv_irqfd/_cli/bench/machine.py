@@ -1,4 +1,4 @@
-"""What a result depends on, beside the code: the machine, its kernel, the versions, the limits."""
+"""The conditions of a run: the machine, its kernel, the versions, and the descriptor limit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 DESCRIPTORS_BESIDE = 128
-"""Descriptors for everything but routes."""
+"""Descriptors beyond those of the routes."""
 
 
 class TooFewDescriptorsError(Exception):
-    """RLIMIT_NOFILE leaves too few descriptors, and can't be raised."""
+    """RLIMIT_NOFILE allows too few descriptors, and cannot be raised."""
 
 
 def describe() -> dict[str, str | float]:
@@ -37,10 +37,10 @@ def _cpu() -> str:
 
 
 def raise_descriptor_limit(routes: int) -> None:
-    """Makes room for so many eventfds: to the hard limit, and where that may be raised too, beyond it.
+    """Raises RLIMIT_NOFILE for this many eventfds: to the hard limit, or beyond it with the privilege to do so.
 
     Raises:
-        TooFewDescriptorsError: there is not enough room; says what to do.
+        TooFewDescriptorsError: the limit cannot be raised. The message names a remedy.
     """
     needed = routes + DESCRIPTORS_BESIDE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -54,6 +54,6 @@ def raise_descriptor_limit(routes: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
     except (OSError, ValueError) as error:
         raise TooFewDescriptorsError(
-            f"{needed} file descriptors are needed, and RLIMIT_NOFILE allows {hard}: raise the hard limit "
-            f"(as root: ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or give fewer --routes"
+            f"the bench needs {needed} file descriptors, and RLIMIT_NOFILE allows {hard}: raise the hard limit "
+            f"(as root: ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or reduce --routes"
         ) from error
