@@ -18,7 +18,7 @@ FUZZ_TARGETS := msi fdinfo table operations
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	wheel stubs format clean
+	bench wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Says what there is
@@ -107,6 +107,10 @@ lab: build-dev ## Runs the suite against the real mshv driver in a kernel of its
 
 demo: build-dev ## Shows the life of a few routes on the best kernel interface of this machine
 	$(BIN)/mshv-irqfd demo
+
+bench: $(VENV)/ready ## Builds a release into the virtual environment and measures it (BENCH_ARGS="--backend kvm --quick")
+	$(BIN)/maturin develop --quiet --locked --release
+	$(BIN)/mshv-irqfd bench $(BENCH_ARGS)
 
 wheel: $(VENV)/ready ## Builds the wheel into dist/
 	rm -rf dist

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("rich", reason='the bench needs its extra: pip install "mshv_irqfd[bench]"')
 
 from mshv_irqfd import _cli as cli
+from mshv_irqfd import _core
 from mshv_irqfd._cli import bench
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.package import Package
@@ -159,6 +160,20 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == missing else object())
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == f'mshv-irqfd bench: the bench needs {missing}: pip install "mshv_irqfd[bench]"\n'
+
+
+@pytest.mark.parametrize(("debug", "warnings"), [(True, 2), (False, 0)])
+def test_a_debug_build_is_warned_of_before_and_after_and_in_a_comparison(
+    *, debug: bool, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_core, "DEBUG_BUILD", debug)
+    file = str(tmp_path / "run.json")
+    quick = ["bench", "--quick", "--backend", "null", "--routes", "1", "--workloads", "push"]
+    assert cli.main([*quick, "--json", file]) == 0
+    assert capsys.readouterr().err.count("debug build") == warnings
+    assert results.read(tmp_path / "run.json")["machine"]["build"] == ("debug" if debug else "release")
+    assert cli.main(["bench", "compare", file, file]) == 0
+    assert capsys.readouterr().err.count("debug build") == warnings
 
 
 def test_a_file_that_is_no_result_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mshv_irqfd import MshvIrqFdError
+from mshv_irqfd import MshvIrqFdError, _core
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
@@ -139,6 +139,14 @@ def _say(problem: str) -> int:
     return 2
 
 
+def _warn_of_debug_build(subject: str) -> None:
+    print(
+        f"WARNING: {subject} a debug build of mshv_irqfd: its times do not apply to a release. "
+        "Use `make bench`, or an installed wheel.",
+        file=sys.stderr,
+    )
+
+
 def run_compare(options: Namespace) -> int:
     """Shows the differences between two runs; 2 if one cannot be read."""
     if problem := _missing("rich"):
@@ -149,6 +157,9 @@ def run_compare(options: Namespace) -> int:
         before, after = results.read(options.before), results.read(options.after)
     except results.UnreadableError as error:
         return _say(str(error))
+    for file, read in ((options.before, before), (options.after, after)):
+        if machine.is_debug(read["machine"]):
+            _warn_of_debug_build(f"{file} is of")
     report.show_difference(report.console(), before, after)
     return 0
 
@@ -171,6 +182,8 @@ def run(options: Namespace) -> int:
         longest=options.longest,
         rounds=2 if quick else measure.LEAST_ROUNDS,
     )
+    if _core.DEBUG_BUILD:
+        _warn_of_debug_build("this is")
     terminal = report.console()
     try:
         found = _measure(plan, terminal, with_scenarios=not (quick or options.no_scenarios))
@@ -183,6 +196,8 @@ def run(options: Namespace) -> int:
         from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
 
         plot.write(options.plot, found)
+    if _core.DEBUG_BUILD:
+        _warn_of_debug_build("this is")
     return 0
 
 

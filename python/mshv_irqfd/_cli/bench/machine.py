@@ -7,6 +7,12 @@ import platform
 import resource
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mshv_irqfd import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DESCRIPTORS_BESIDE = 128
 """Descriptors beyond those of the routes."""
@@ -25,7 +31,13 @@ def describe() -> dict[str, str | float]:
         "load": round(os.getloadavg()[0], 2),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "mshv_irqfd": metadata.version("mshv_irqfd"),
+        "build": "debug" if _core.DEBUG_BUILD else "release",
     }
+
+
+def is_debug(description: Mapping[str, str | float]) -> bool:
+    """Whether a result is of a debug build. Results of earlier versions do not say, and count as of a release."""
+    return description.get("build") == "debug"
 
 
 def _cpu() -> str:

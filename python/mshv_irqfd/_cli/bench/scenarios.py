@@ -151,14 +151,8 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
             shares.append(_turns(seconds) / alone)
             stop.set()
             thread.join()
-    return [
-        _scenario(
-            "responsiveness",
-            f"a thread's speed in Python while another retargets at {ROUTES} routes",
-            shares,
-            "of its speed alone",
-        )
-    ]
+    what = f"a thread's speed in Python while another retargets at {ROUTES} routes"
+    return [_scenario("responsiveness", what, shares, "of its speed alone")]
 
 
 def memory(backend: str, seconds: float) -> list[Scenario]:
