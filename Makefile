@@ -108,6 +108,7 @@ lab: build-dev ## Runs the suite against the real mshv driver in a kernel of its
 demo: build-dev ## Shows the life of a few routes on the best kernel interface of this machine
 	$(BIN)/mshv-irqfd demo
 
+# The release stays in the virtual environment until the next verb that needs build-dev.
 bench: $(VENV)/ready ## Builds a release into the virtual environment and measures it (BENCH_ARGS="--backend kvm --quick")
 	$(BIN)/maturin develop --quiet --locked --release
 	$(BIN)/mshv-irqfd bench $(BENCH_ARGS)

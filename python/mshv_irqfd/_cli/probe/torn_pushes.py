@@ -31,7 +31,7 @@ class Torn(threading.Thread):
             self._look()
 
     def stop(self) -> int:
-        """Ends the thread, reads what is left, and returns the count."""
+        """Ends the thread, reads the remaining interrupts, and returns the count."""
         self._stop_asked.set()
         self.join()
         self._look()
