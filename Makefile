@@ -18,7 +18,7 @@ FUZZ_TARGETS := msi fdinfo table operations
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	wheel stubs format clean
+	bench wheel stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -109,6 +109,11 @@ lab: build-dev ## Run the suite on the real mshv driver, in a kernel of its own 
 
 demo: build-dev ## Show a few routes at work on the best kernel interface of this machine
 	$(BIN)/mshv-irqfd demo
+
+# The release stays in the virtual environment until the next verb that needs build-dev.
+bench: $(VENV)/ready ## Build a release into the virtual environment and measure it (BENCH_ARGS="--backend kvm --quick")
+	$(BIN)/maturin develop --quiet --locked --release
+	$(BIN)/mshv-irqfd bench $(BENCH_ARGS)
 
 wheel: $(VENV)/ready ## Build the wheel into dist/
 	rm -rf dist

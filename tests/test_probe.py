@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from hvstub import HvStub, Scheduler
-from mshv_irqfd.cli import main, probe
+from mshv_irqfd._cli import main
+from mshv_irqfd._cli.probe import rows
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
 INTERRUPTS = Path("/dev/hvstub")
@@ -32,7 +33,7 @@ def test_the_kernel_is_as_the_package_expects(backend: str, capsys: pytest.Captu
     assert [row for row in report["rows"] if row["differs"]] == []
     assert status == 0
     assert report["backend"] == backend
-    assert len(report["rows"]) == len(probe.ROWS)
+    assert len(report["rows"]) == len(rows.ROWS)
 
 
 @pytest.mark.parametrize("backend", DEVICE)
@@ -40,8 +41,8 @@ def test_a_kernel_that_behaves_otherwise_is_reported_with_the_row(
     backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = arguments(backend)
-    (row,) = [row for row in probe.ROWS if row.done == "one eventfd on two GSIs"]
-    monkeypatch.setattr(probe, "ROWS", [replace(row, mshv="accepted", kvm="accepted")])
+    (row,) = [row for row in rows.ROWS if row.done == "one eventfd on two GSIs"]
+    monkeypatch.setattr(rows, "ROWS", [replace(row, mshv="accepted", kvm="accepted")])
     assert main(words) == 1
     assert "DIFFERS one eventfd on two GSIs" in capsys.readouterr().out
 

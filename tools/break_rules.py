@@ -1,18 +1,19 @@
-"""Breaks the rules of the package on purpose, one clause at a time, and demands that named tests fail.
+"""Breaks the package's rules on purpose, one clause at a time, and checks that the named tests fail.
 
-usage: python tools/break_rules.py [--lab] [NAME...]    (needs git, cargo, and what `make build-dev` sets up)
+usage: python tools/break_rules.py [--lab] [NAME...]    (needs git, cargo, and `make build-dev`)
 
-Each file of tests/broken is such a break: a first line that says which clause, `Red:` lines that name the tests which
-must fail, and a patch. It is applied to a copy of the tree, which is kept with what was built of it (in
-~/.cache/mshv_irqfd/broken, or under $XDG_CACHE_HOME), and taken back after. A test is named by what runs it:
+Each file of tests/broken is one break: a first line that states the clause, `Red:` lines that name the tests that must
+fail, and a patch. The patch is applied to a copy of the tree and reverted afterwards. The copy and its builds are kept
+in ~/.cache/mshv_irqfd/broken (or under $XDG_CACHE_HOME). The first word of a `Red:` line is the test's runner:
 
     Red: rust MODULE::TEST          of the Rust tests
-    Red: shuttle MODULE::TEST       of those that try interleavings
+    Red: shuttle MODULE::TEST       of the interleaving tests
     Red: pytest FILE::TEST[...]     of the Python tests
-    Red: lab FILE::TEST[...]        the same on the real mshv driver, in the lab: only tried with --lab
+    Red: lab FILE::TEST[...]        of the Python tests, on the real mshv driver in the lab: run with --lab only
 
-and may be followed by ` | ` and words that its message must have. All must pass while nothing is broken. A patch that
-does not apply or build, a test that passes, is skipped, hangs or is not there: each is an error, told again at the end.
+` | ` and words that the failure's message must contain may follow. Every test must pass without a patch. It is an error
+if a patch does not apply or build, or if a test passes, is skipped, hangs or does not exist; errors are repeated at the
+end.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mshv
 TREE, TARGET = CACHE / "tree", CACHE / "target"
 MODULE = TREE / "python" / "mshv_irqfd" / "_core.abi3.so"
 LONGEST = 180
-"""Seconds that the tests of one break may take, far more than they do."""
+"""The time limit for the tests of one break, in seconds: far more than they need."""
 WIDTH = 160
 SCHEDULER = "core"
 
-# The message of a panic is behind the line that says where, and before what the test harness adds.
+# The message of a panic follows the line with its location, and precedes the test harness's notes.
 PANIC = re.compile(r"panicked at [^\n]*:\n(.*?)(?=^note: |\nthread |\Z)", re.MULTILINE | re.DOTALL)
 KINDS = ("rust", "shuttle", "pytest", "lab")
 
 
 @dataclass(frozen=True)
 class Test:
-    """A test that must fail, and words that must be in what it says then."""
+    """A test that must fail, and words that its message must contain."""
 
     kind: str
     name: str
@@ -56,7 +57,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Break:
-    """A clause of a rule, a patch that breaks it, and the tests that must notice."""
+    """A clause of a rule, a patch that breaks it, and the tests that must fail."""
 
     name: str
     clause: str
@@ -66,24 +67,24 @@ class Break:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a test ended: "passed", "failed" or why neither; and what it said."""
+    """The result of a test: "passed", "failed" or the reason for neither, and its message."""
 
     state: str
     message: str = ""
 
 
 class WrongError(Exception):
-    """Something that keeps a break from being tried."""
+    """A break cannot be tried."""
 
 
 def read(patch: Path, kinds: tuple[str, ...]) -> Break:
-    """Reads a break, with its tests of some kinds."""
+    """Reads a break, with its tests of the given kinds."""
     clause, *head = patch.read_text().split("\n\n", 1)[0].splitlines()
     tests = []
     for line in head:
         found = re.fullmatch(r"Red: (\w+) (.*?)(?: \| (.*))?", line)
         if found is None or found[1] not in KINDS:
-            raise WrongError(f"{patch.name}: {line!r} is no line of the form `Red: {'|'.join(KINDS)} TEST [| WORDS]`")
+            raise WrongError(f"{patch.name}: {line!r} is not of the form `Red: {'|'.join(KINDS)} TEST [| WORDS]`")
         tests.append(Test(found[1], found[2], found[3] or ""))
     if not tests:
         raise WrongError(f"{patch.name} names no test")
@@ -91,7 +92,7 @@ def read(patch: Path, kinds: tuple[str, ...]) -> Break:
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the copy, with both outputs kept in one."""
+    """Runs a command in the copy, and captures standard output and error together."""
     return subprocess.run(  # noqa: S603 -- our own commands
         list(map(str, command)),
         cwd=TREE,
@@ -106,7 +107,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 
 def copy() -> None:
-    """Makes the copy equal to the tree. What is equal already is not touched, so that nothing is built twice."""
+    """Makes the copy equal to the tree. Equal files keep their times, so that nothing is built twice."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     output = subprocess.run(listing, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
     names = {name for name in output.split("\0") if name and (ROOT / name).is_file()}
@@ -118,7 +119,7 @@ def copy() -> None:
 
 
 def put_back(name: str) -> None:
-    """Makes a file of the copy what it is in the tree, with a new time if it was another."""
+    """Makes a file of the copy equal to the tree's, with a new time if it differed."""
     source, copied = ROOT / name, TREE / name
     if not copied.is_file() or copied.read_bytes() != source.read_bytes():
         copied.parent.mkdir(parents=True, exist_ok=True)
@@ -126,18 +127,18 @@ def put_back(name: str) -> None:
 
 
 def apply(patch: Path) -> list[str]:
-    """Applies a patch to the copy and says which files it changed."""
-    # Not to be taken for part of a repository that the cache is in.
+    """Applies a patch to the copy, and returns the names of the files that it changed."""
+    # The cache may lie inside another repository, which git must not use.
     apart = {"GIT_CEILING_DIRECTORIES": str(TREE.parent)}
-    # As much context as is there is used to find the place; a line on either side is enough.
+    # One line of context on either side is enough to find the place.
     done = run("git", "apply", "-C1", "--recount", patch, **apart)
     if done.returncode != 0:
-        raise WrongError(f"does not apply any more: {done.stdout.strip()}; write it anew for the code as it is")
+        raise WrongError(f"does not apply: {done.stdout.strip()}; update it to the current code")
     return re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.MULTILINE)
 
 
 def cargo(target: str, *command: str, **environment: str) -> Path:
-    """Builds the library's tests or the module, and says which file that is."""
+    """Builds the library's tests or the module, and returns the path of the result."""
     environment |= {"CARGO_TARGET_DIR": str(TARGET / target)}
     done = run("cargo", *command, "--quiet", "--locked", "--lib", "--message-format=json", **environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -152,7 +153,7 @@ def cargo(target: str, *command: str, **environment: str) -> Path:
 
 
 def shortened(text: str) -> str:
-    """What was said, in one line."""
+    """A message on one line, cut to a limit."""
     line = " ".join(text.split())
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
@@ -165,22 +166,22 @@ def rust(tests: list[Test], target: str, **environment: str) -> dict[Test, Outco
         output = run(*command, RUST_BACKTRACE="0").stdout
     except subprocess.TimeoutExpired as late:
         output = (late.stdout or b"").decode()
-    # After the lines that say how each ended comes what each wrote.
-    ends = dict(re.findall(r"^test (\S+) \.\.\. (\w+)$", output, re.MULTILINE))
+    # The results of all tests precede their output.
+    results = dict(re.findall(r"^test (\S+) \.\.\. (\w+)$", output, re.MULTILINE))
     parts = re.split(r"^---- (\S+) stdout ----$|^failures:$", output, flags=re.MULTILINE)
-    wrote = dict(zip(parts[1::2], parts[2::2], strict=True))
+    outputs = dict(zip(parts[1::2], parts[2::2], strict=True))
     outcomes = {}
     for test in tests:
-        state = {"ok": "passed", "FAILED": "failed"}.get(ends.get(test.name, ""), "not there, or it did not end")
-        panics = PANIC.findall(wrote.get(test.name, ""))
+        state = {"ok": "passed", "FAILED": "failed"}.get(results.get(test.name, ""), "missing or unfinished")
+        panics = PANIC.findall(outputs.get(test.name, ""))
         outcomes[test] = Outcome(state, panics[0].strip() if panics else "")
     return outcomes
 
 
 def python(tests: list[Test], *before: str | Path) -> dict[Test, Outcome]:
-    """Builds the module and runs Python tests, by a command before the interpreter if need be."""
+    """Builds the module and runs Python tests, optionally with a command in front of the interpreter's."""
     built = cargo("python", "build", "--features", "python")
-    # A new file in place of the old, which something may have open.
+    # A new file, because a running process may have the old one mapped.
     MODULE.unlink(missing_ok=True)
     shutil.copy(built, MODULE)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
@@ -193,32 +194,32 @@ def python(tests: list[Test], *before: str | Path) -> dict[Test, Outcome]:
         try:
             done = run(*before, sys.executable, "-m", "pytest", *options, *names, **environment)
         except subprocess.TimeoutExpired:
-            return {test: Outcome("it did not end") for test in tests}
+            return {test: Outcome("unfinished") for test in tests}
         if not report.exists():
             return {test: Outcome("not run", done.stdout.strip()[-500:]) for test in tests}
-        cases = list(ET.parse(report).iter("testcase"))  # noqa: S314 -- pytest's own
+        cases = list(ET.parse(report).iter("testcase"))  # noqa: S314 -- written by pytest
     return {test: of_case(test, cases) for test in tests}
 
 
 def of_case(test: Test, cases: list[ET.Element]) -> Outcome:
-    """How a Python test ended, by pytest's report."""
+    """The outcome of a Python test, from pytest's report."""
     file, name = test.name.split("::", 1)
     module = file.removesuffix(".py").replace("/", ".")
     mine = [case for case in cases if case.get("classname") == module and case.get("name") == name]
     if not mine:
-        return Outcome("not there")
+        return Outcome("missing")
     for case in mine:
         for end in case:
             if end.tag in {"failure", "error", "skipped"}:
-                state = {"failure": "failed", "error": "not run to its end"}.get(end.tag, end.tag)
-                # Where a helper of the tests asserts, only the line that did so tells anything.
+                state = {"failure": "failed", "error": "stopped by an error"}.get(end.tag, end.tag)
+                # If a test helper asserts, only the failing lines describe the failure.
                 lines = re.findall(r"^[>E] +(.*)", end.text or "", re.MULTILINE)
                 return Outcome(state, " ".join(lines) or end.get("message") or "")
     return Outcome("passed")
 
 
 def ran(tests: tuple[Test, ...]) -> dict[Test, Outcome]:
-    """Runs tests of any kind on the copy as it is."""
+    """Runs tests of all kinds on the current copy."""
     outcomes: dict[Test, Outcome] = {}
     for kind in KINDS:
         mine = [test for test in dict.fromkeys(tests) if test.kind == kind]
@@ -237,23 +238,23 @@ def ran(tests: tuple[Test, ...]) -> dict[Test, Outcome]:
 
 
 def tell(line: str) -> None:
-    """Says something at once."""
+    """Prints a line at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def unbroken(breaks: list[Break]) -> list[str]:
-    """Runs all named tests with nothing broken, and says which did not pass."""
+    """Runs all named tests without a patch, and returns an error for each that does not pass."""
     outcomes = ran(tuple(test for each in breaks for test in each.tests))
     return [
-        f"{test.name} ({test.kind}) {outcome.state} with nothing broken: {shortened(outcome.message)}"
+        f"{test.name} ({test.kind}) {outcome.state} without a patch: {shortened(outcome.message)}"
         for test, outcome in outcomes.items()
         if outcome.state != "passed"
     ]
 
 
 def tried(each: Break) -> list[str]:
-    """Applies a break, runs its tests, and says what is wrong with how that went."""
+    """Applies a break, runs its tests, and returns the errors."""
     tell(f"\n{each.name}\n    {each.clause}")
     touched: list[str] = []
     try:
@@ -270,20 +271,20 @@ def tried(each: Break) -> list[str]:
         red = outcome.state == "failed" and test.words in outcome.message
         tell(f"    {'red' if red else 'ERROR'} {test.kind} {test.name}\n        {shortened(outcome.message)}")
         if not red:
-            state = f"failed without saying {test.words!r}" if outcome.state == "failed" else outcome.state
+            state = f"failed without the words {test.words!r}" if outcome.state == "failed" else outcome.state
             wrong.append(f"{each.name}: {test.name} ({test.kind}): {state}")
     return wrong
 
 
 def main() -> int:
-    """Tries the breaks, and tells how that went."""
-    arguments = argparse.ArgumentParser(description="Breaks the rules on purpose and demands that tests fail.")
-    arguments.add_argument("names", metavar="NAME", nargs="*", help="a break of tests/broken; by default all")
-    arguments.add_argument("--lab", action="store_true", help="try the tests of the lab, and no others")
+    """Tries the breaks, and prints the results."""
+    arguments = argparse.ArgumentParser(description="Breaks the rules on purpose and checks that tests fail.")
+    arguments.add_argument("names", metavar="NAME", nargs="*", help="a break of tests/broken (default: all)")
+    arguments.add_argument("--lab", action="store_true", help="run the tests of the lab, and no others")
     options = arguments.parse_args()
     patches = {patch.stem: patch for patch in sorted(BREAKS.glob("*.patch"))}
     if unknown := set(options.names) - set(patches):
-        arguments.error(f"there is no break {', '.join(sorted(unknown))}")
+        arguments.error(f"unknown break: {', '.join(sorted(unknown))}")
     began = time.monotonic()
     kinds = ("lab",) if options.lab else tuple(kind for kind in KINDS if kind != "lab")
     try:
@@ -293,13 +294,13 @@ def main() -> int:
         copy()
         wrong = unbroken(breaks)
     except WrongError as error:
-        wrong = [f"with nothing broken: {error}"]
+        wrong = [f"without a patch: {error}"]
     if not wrong:
         for each in breaks:
             wrong += tried(each)
         number = sum(len(each.tests) for each in breaks)
         tell(f"\n{len(breaks)} breaks, {number} tests that must fail, {time.monotonic() - began:.0f} s")
-    tell("\n".join(["", *(f"ERROR {line}" for line in wrong)]) if wrong else "each was noticed by every test named")
+    tell("\n".join(["", *(f"ERROR {line}" for line in wrong)]) if wrong else "every named test failed under its break")
     return int(bool(wrong))
 
 

@@ -1,9 +1,9 @@
-"""Counts the instructions of the core's operations with callgrind, and writes them as a table.
+"""Counts the instructions of the core's operations with callgrind, and writes a table of them.
 
 usage: python tools/callgrind.py [FILE]    (needs valgrind and cargo; writes to standard output without FILE)
 
-Each operation runs a number of times and then twice as often: the difference, by the number of times, is one operation
-without what led up to it.
+Each operation runs in two processes, twice as often in the second. The difference, divided by the number of runs, is
+the cost of one operation without its set-up.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OPERATIONS = {
     "set-full-table": "move one route of a full table (2,048 armed) to another vector",
     "mask-unmask": "mask and unmask one route of a full table",
     "batch-64": "move 64 routes of a full table to other vectors in one batch",
-    "msi-decode": "check an MSI's address and data and take them apart",
+    "msi-decode": "check and decode an MSI's address and data",
 }
 
 
 def built() -> str:
-    """The bench binary, built."""
+    """Builds the bench and returns the path of its binary."""
     command = ["cargo", "bench", "--quiet", "--no-run", "--bench", "core", "--message-format=json"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
     messages = map(json.loads, output.splitlines())
@@ -36,7 +36,7 @@ def built() -> str:
 
 
 def instructions(binary: str, operation: str, times: int) -> int:
-    """How many instructions a run of the binary takes."""
+    """Runs the binary and returns the number of instructions."""
     with tempfile.TemporaryDirectory() as directory:
         valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={directory}/out"]
         command = [*valgrind, binary, "--instructions", operation, str(times)]
@@ -61,10 +61,10 @@ def table() -> str:
 # Instructions of the core's operations
 
 User-space instructions on a kernel that does nothing, counted by callgrind: unlike times, they can be compared
-between machines and runs. Made anew by `python tools/callgrind.py docs/callgrind.md`, which needs valgrind; this
-table is of rustc {version}. `cargo bench` times the same operations (`benches/core.rs`).
+between machines and runs. `python tools/callgrind.py docs/callgrind.md` (needs valgrind) updates this table, which is
+for rustc {version}. `cargo bench` times the same operations (`benches/core.rs`).
 
-| operation | what it does | instructions |
+| operation | description | instructions |
 |---|---|---|
 {lines}
 """

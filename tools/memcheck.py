@@ -1,7 +1,7 @@
-"""Runs `tests/lives.py` under valgrind, and fails on bad accesses anywhere and on leaks of this package's.
+"""Runs `tests/lives.py` under valgrind, and fails on invalid accesses and on leaks by this package.
 
-The package is a debug build with its symbols (`cargo build --features python`). valgrind knows no more of KVM's ioctls
-than that they read and write as their numbers say; what KVM writes behind their pointers is not watched.
+The package is a debug build with symbols (`cargo build --features python`). For KVM's ioctls valgrind checks only the
+argument, by the direction and size in the ioctl's number; it does not track writes through pointers in the argument.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / "target" / "memcheck"
 EXTENSION = "_core.abi3.so"
 LEAK = "Leak_DefinitelyLost"
-# PyO3 makes each class once, and keeps for good what it is made of.
+# PyO3 creates each class once, and never frees its parts.
 KEPT = "create_type_object"
 
 
 def install() -> Path:
-    """Puts the package together with the extension that has symbols, and returns where it can be imported from."""
+    """Assembles the package with the unstripped extension, and returns the directory to import it from."""
     shutil.rmtree(SCRATCH, ignore_errors=True)
     package = SCRATCH / "mshv_irqfd"
     shutil.copytree(ROOT / "python" / "mshv_irqfd", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -31,19 +31,19 @@ def install() -> Path:
 
 
 def run(path: Path, backends: list[str]) -> tuple[int, int]:
-    """Leads the lives of partitions under valgrind, which leaves a report by process: the exit status, the process."""
+    """Runs the lives under valgrind, which writes a report for each process; returns the exit status and process id."""
     valgrind = ["valgrind", "--quiet", "--undef-value-errors=no", "--num-callers=40", "--leak-check=full"]
     valgrind += ["--show-leak-kinds=definite", "--xml=yes", f"--xml-file={path}/%p.xml"]
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(path)}
     command = [*valgrind, sys.executable, str(ROOT / "tests" / "lives.py"), *backends]
-    with subprocess.Popen(command, env=environment) as lives:  # noqa: S603 - our own words
+    with subprocess.Popen(command, env=environment) as lives:  # noqa: S603 -- our own command
         return lives.wait(), lives.pid
 
 
 def complaints(report: Path, *, leaks: bool) -> list[str]:
-    """What is wrong by a report of valgrind's."""
+    """Reads the complaints of a valgrind report, with or without leaks."""
     found = []
-    for error in ET.parse(report).iterfind("error"):  # noqa: S314 - valgrind's own
+    for error in ET.parse(report).iterfind("error"):  # noqa: S314 -- written by valgrind
         kind = error.findtext("kind", "")
         frames = [(frame.findtext("fn", "?"), frame.findtext("obj", "")) for frame in error.iterfind("stack/frame")]
         ours = any(obj.endswith(EXTENSION) for _, obj in frames) and not any(KEPT in name for name, _ in frames)
@@ -55,12 +55,12 @@ def complaints(report: Path, *, leaks: bool) -> list[str]:
 
 
 def main() -> None:
-    """Runs, reports, and fails if anything is wrong."""
+    """Runs the lives, prints the complaints, and fails if there are any."""
     backends = ["simulated"]
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
         backends.append("kvm")
     status, parent = run(path := install(), backends)
-    # A forked child has what its parent had, and may leave it to the kernel.
+    # A forked child inherits its parent's memory, and may exit without freeing it.
     reports = sorted(path.glob("*.xml"))
     found = [line for report in reports for line in complaints(report, leaks=report.stem == str(parent))]
     found.append(f"{', '.join(backends)}: {len(reports)} processes, {len(found)} complaints\n")

@@ -1,4 +1,4 @@
-"""Writes the docstrings of the built module into `_core.pyi`, so that they are written once, in the Rust sources.
+"""Copies the docstrings of the built module into `_core.pyi`, so that the Rust sources are their only source.
 
 usage: python tools/stub_docs.py [--check]    (needs ruff, which formats the stub)
 """
@@ -17,7 +17,7 @@ STUB = Path(__file__).resolve().parent.parent / "python" / "mshv_irqfd" / "_core
 
 
 def document(node: ast.ClassDef | ast.FunctionDef, thing: object) -> None:
-    """Gives a class or function of the stub the docstring that it has in the module."""
+    """Sets the docstring of a class or function of the stub to that of the module's."""
     depth = 4 * (1 if isinstance(node, ast.ClassDef) else 2)
     body = [item for item in node.body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))]
     text = inspect.getdoc(thing) if thing.__doc__ else None
@@ -31,13 +31,13 @@ def document(node: ast.ClassDef | ast.FunctionDef, thing: object) -> None:
 
 
 def documented(source: str) -> str:
-    """The stub with the module's docstrings."""
+    """Returns the stub with the module's docstrings."""
     tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and hasattr(_core, node.name):
             runtime = getattr(_core, node.name)
             methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-            # What a magic method does is known; of overloads, the last one is documented.
+            # Magic methods need no docstring; of overloads, the last one has it.
             for method in {method.name: method for method in methods if method.name[:2] != "__"}.values():
                 document(method, getattr(runtime, method.name))
             document(node, runtime)
@@ -49,12 +49,12 @@ def documented(source: str) -> str:
 
 
 def main() -> int:
-    """Rewrites the stub, or says whether it would."""
+    """Rewrites the stub, or with --check fails if that would change it."""
     before = STUB.read_text()
     after = documented(before)
     if "--check" in sys.argv:
         if before != after:
-            sys.stderr.write(f"{STUB} has other docstrings than the module; run: make stubs\n")
+            sys.stderr.write(f"{STUB} does not match the module's docstrings; run: make stubs\n")
         return int(before != after)
     STUB.write_text(after)
     return 0

@@ -1,7 +1,9 @@
 """irqfd and MSI routing for virtual machines: on the Microsoft Hypervisor, KVM, or a simulated kernel.
 
-Open a partition with `open_partition()`, make routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
+Open a partition with `open_partition()`, create routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
 their eventfds: the kernel raises the interrupts with no trip through user space.
+
+Import from this module only. The others are private.
 """
 
 from mshv_irqfd._core import Batch, MsiRoute

@@ -13,6 +13,7 @@ from mshv_irqfd.handles import Partition as PublicPartition
 from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats, RoutingEntry
 
 __all__: Final = [
+    "DEBUG_BUILD",
     "Baseline",
     "Batch",
     "EventFd",
@@ -22,6 +23,7 @@ __all__: Final = [
     "RawPartition",
     "null_partition",
 ]
+DEBUG_BUILD: Final[bool]
 
 @type_check_only
 class HasFileno(Protocol):

@@ -1,4 +1,4 @@
-"""The exceptions of this package, all of them `MshvIrqFdError`."""
+"""The exceptions of this package, all derived from `MshvIrqFdError`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class MshvIrqFdError(Exception):
-    """Base of every exception that is this package's own."""
+    """Base class of this package's exceptions."""
 
 
 class ClosedError(MshvIrqFdError, ValueError):
@@ -14,29 +14,29 @@ class ClosedError(MshvIrqFdError, ValueError):
 
 
 class ForkedError(MshvIrqFdError):
-    """A forked child used what its parent opened. On mshv the kernel would let it, and harm the parent."""
+    """A forked child used an object that its parent opened. The mshv driver would allow it, and disturb the parent."""
 
 
 class GsiExhaustedError(MshvIrqFdError):
-    """Every GSI of the partition is taken."""
+    """Every GSI of the partition is in use or quarantined."""
 
 
 class RouteBrokenError(MshvIrqFdError):
-    """A failed call could not be undone, and left the route broken. Close it; its GSI stays set aside."""
+    """The rollback of a failed call failed too, and left the route broken. Close it; its GSI stays quarantined."""
 
 
 class MissingVpError(MshvIrqFdError):
-    """No VP has the APIC id that an MSI is for. Arming it can bring a host of the mshv driver down."""
+    """No VP has the APIC id that an MSI targets. Arming it on mshv can crash the host."""
 
 
 class _CallError(MshvIrqFdError, OSError):
     """A call into the kernel failed.
 
     Attributes:
-        errno: the error number, one of `errno`'s.
-        ioctl: the ioctl or system call, as its manual names it.
-        gsi: the GSI it was for; None if for none or many.
-        hint: what usually lies behind this error; None if that is not known.
+        errno: the error number, from the `errno` module.
+        ioctl: the name of the ioctl or system call.
+        gsi: the GSI that the call concerned; None if none or several.
+        hint: the usual cause of this error; None if unknown.
     """
 
     ioctl: str | None
@@ -62,15 +62,15 @@ class _CallError(MshvIrqFdError, OSError):
 
 
 class HypervisorUnavailableError(_CallError):
-    """No usable device node. Says which was tried and what to do."""
+    """No device node is usable. The message names the node and a remedy."""
 
 
 class RoutingError(_CallError):
-    """The kernel refused a routing table. The old one stays in force."""
+    """The kernel refused a routing table, and keeps the old one."""
 
 
 class IrqFdError(_CallError):
-    """The kernel refused to arm or disarm an irqfd, or to make or read an eventfd."""
+    """The kernel refused to arm or disarm an irqfd, or to create or read an eventfd."""
 
 
 class VpError(_CallError):

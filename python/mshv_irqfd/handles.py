@@ -1,9 +1,9 @@
-"""The objects that hold something of the kernel's: the Rust ones, with finalizers that warn, by backend."""
+"""Handles on kernel objects: the Rust classes with finalizers that warn, and a partition class for each backend."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
 
 from mshv_irqfd import _core
 from mshv_irqfd.errors import HypervisorUnavailableError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mshv_irqfd.values import Interrupt
 
 DEFAULT_GSIS = range(24, 2072)
-"""2048 GSIs above those that are the IOAPIC's pins by custom."""
+"""2048 GSIs, above the 24 that are IOAPIC pins by convention."""
 
 
 class _Closable(Protocol):
@@ -25,14 +25,14 @@ class _Closable(Protocol):
 
 
 class _Finalized:
-    """Closes and warns, as files do, if an object goes that was left open."""
+    """Warns when an open object is collected, and closes it, as files do."""
 
     __slots__ = ()
 
     def __del__(self: _Closable, warn: Callable[..., None] = warnings.warn) -> None:
         if self._is_left_open():
             try:
-                # The module may be torn down already; its function is not.
+                # At interpreter exit the module's globals may be gone; a default argument is not.
                 warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:
                 self._abandon()
@@ -63,26 +63,27 @@ class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is 
         vps: int | Iterable[int] | None = None,
         quiesce: bool | None = None,
     ) -> Partition:
-        """Takes sole charge of the MSI routing of a partition that somebody else made, on a duplicate of its fd.
+        """Adopts a partition that another VMM made: duplicates its descriptor and takes sole charge of its MSI routing.
 
-        A VM of KVM can be adopted only by the process that made it. On mshv any process that has the descriptor can,
-        also after another owner was killed: the kernel keeps the irqfds that were armed on eventfds which somebody
-        still has open, and can't be asked for them. Until those are closed or disarmed, a signal on them raises what
-        the table has for the GSI that they had (a new route's MSI, or vector 0), and a route can't be armed on them.
+        Only the process that made a KVM VM can adopt it. On mshv any process with the descriptor can, even after the
+        previous owner was killed. The kernel then keeps the old owner's irqfds for as long as any process holds their
+        eventfds open, and cannot list them. Until they are disarmed or closed, a signal on such an eventfd raises the
+        table's entry for its old GSI (a new route's MSI, or vector 0), and no route can be armed on it.
 
         Args:
-            fd: a partition of the mshv driver or a VM of KVM (an int, or an object with `fileno()`).
+            fd: an mshv partition or a KVM VM (an int, or an object with `fileno()`).
             backend: "mshv" or "kvm".
-            gsis: the GSIs to hand out; the others stay the caller's.
-            keep: `RoutingEntry`s that stay in every table pushed. The first push replaces whatever was there. The
-                pins of KVM's interrupt controllers stay anyhow.
-            vps: how many VPs there are (from 0 up), or which; then MSIs are checked against them. None: unchecked.
-            quiesce: whether irqfds are disarmed around every push; by default on mshv, not on KVM.
+            gsis: the GSIs to hand out. All others remain the caller's.
+            keep: `RoutingEntry`s to include in every push. The first push replaces the table that the kernel has.
+                KVM's pin entries are always included.
+            vps: the number of VPs (indices from 0 up), or their indices. MSIs are checked against them. None: MSIs
+                are not checked.
+            quiesce: whether to disarm all irqfds around every push. None: yes on mshv, no on KVM.
 
         Raises:
-            ValueError: `fd` is another kind of file or a partition that this process has already; `gsis` or `keep`
-                are not what the kernel takes.
-            HypervisorUnavailableError: the kernel refused.
+            ValueError: `fd` is another kind of file, or a partition that this process has already; or the kernel does
+                not accept `gsis` or `keep`.
+            HypervisorUnavailableError: the kernel refused the descriptor.
         """
         return _class(backend)(
             backend, device=None, fd=fd, gsis=gsis, keep=keep, vps=vps, quiesce=quiesce, allow_missing_vp=False
@@ -101,16 +102,16 @@ class KvmPartition(Partition):
     __slots__ = ()
 
     def take_interrupts(self, timeout: float = 0.0) -> list[Interrupt]:
-        """Takes the interrupts that wait in the local APICs of the vCPUs made by this partition.
+        """Takes the interrupts that are pending in the local APICs of the vCPUs that this partition created.
 
-        A vector is there or not, however often it was raised. Exact only while nobody signals: an interrupt that
-        arrives between the two ioctls that read and clear a register is lost to the reader.
+        The APIC records that a vector was raised, not how often. The result is exact only while no signal is in
+        flight: an interrupt that arrives between the ioctl that reads a register and the one that clears it is lost.
 
         Args:
-            timeout: how long to wait, in seconds, for something to arrive. Ctrl-C ends the wait.
+            timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
 
         Returns:
-            `Interrupt`s by VP and vector, of which only the vector is known.
+            `Interrupt`s in order of VP and vector. Only their vector is known.
         """
         return self._take_interrupts(timeout)
 
@@ -121,15 +122,15 @@ class SimulatedPartition(Partition):
     __slots__ = ()
 
     def take_interrupts(self, timeout: float = 0.0) -> list[Interrupt]:
-        """Takes the interrupts that arrived, in order.
+        """Takes the interrupts that have arrived, in order.
 
         Args:
-            timeout: how long to wait, in seconds, for something to arrive. Ctrl-C ends the wait.
+            timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
         """
         return self._take_interrupts(timeout)
 
     def settle(self) -> None:
-        """Returns when every signal written before the call is delivered."""
+        """Returns once every signal written before this call is delivered."""
         self._settle()
 
     def fail(
@@ -143,10 +144,10 @@ class SimulatedPartition(Partition):
         """Makes calls into the simulated kernel fail.
 
         Args:
-            call: which.
-            errno: with which error, one of `errno`'s.
-            after: how many to let through first.
-            times: how many to fail then.
+            call: the call to fail.
+            errno: the error number, from the `errno` module.
+            after: how many calls succeed first.
+            times: how many calls fail then.
         """
         self._fail(call, errno, after, times)
 
@@ -159,60 +160,38 @@ _CLASSES: dict[str, type[Partition]] = {
 
 
 def _class(backend: str) -> type[Partition]:
-    # An unknown name is refused by the Rust half, with the names that there are.
+    # The Rust half rejects an unknown name and lists the valid ones.
     return _CLASSES.get(backend, Partition) if isinstance(backend, str) else Partition
 
 
-@overload
-def open_partition(
-    backend: Literal["auto"] = ...,
-    *,
-    device: str | PathLike[str] | None = ...,
-    gsis: range = ...,
-    vps: int | Iterable[int] = ...,
-    quiesce: bool | None = ...,
-    allow_missing_vp: bool = ...,
-) -> MshvPartition | KvmPartition: ...
-@overload
-def open_partition(
-    backend: Literal["mshv"],
-    *,
-    device: str | PathLike[str] | None = ...,
-    gsis: range = ...,
-    vps: int | Iterable[int] = ...,
-    quiesce: bool | None = ...,
-    allow_missing_vp: bool = ...,
-) -> MshvPartition: ...
-@overload
-def open_partition(
-    backend: Literal["kvm"],
-    *,
-    device: str | PathLike[str] | None = ...,
-    gsis: range = ...,
-    vps: int | Iterable[int] = ...,
-    quiesce: bool | None = ...,
-    allow_missing_vp: bool = ...,
-) -> KvmPartition: ...
-@overload
-def open_partition(
-    backend: Literal["simulated"],
-    *,
-    device: None = ...,
-    gsis: range = ...,
-    vps: int | Iterable[int] = ...,
-    quiesce: bool | None = ...,
-    allow_missing_vp: bool = ...,
-) -> SimulatedPartition: ...
-@overload
-def open_partition(
-    backend: str,
-    *,
-    device: str | PathLike[str] | None = ...,
-    gsis: range = ...,
-    vps: int | Iterable[int] = ...,
-    quiesce: bool | None = ...,
-    allow_missing_vp: bool = ...,
-) -> Partition: ...
+_Options = ParamSpec("_Options")
+
+
+class _ByBackend(Protocol[_Options]):
+    """The type of a function whose first argument names a backend and determines the class it returns."""
+
+    @overload
+    def __call__(
+        self, backend: Literal["auto"] = ..., *args: _Options.args, **options: _Options.kwargs
+    ) -> MshvPartition | KvmPartition: ...
+    @overload
+    def __call__(self, backend: Literal["mshv"], *args: _Options.args, **options: _Options.kwargs) -> MshvPartition: ...
+    @overload
+    def __call__(self, backend: Literal["kvm"], *args: _Options.args, **options: _Options.kwargs) -> KvmPartition: ...
+    @overload
+    def __call__(
+        self, backend: Literal["simulated"], *args: _Options.args, **options: _Options.kwargs
+    ) -> SimulatedPartition: ...
+    @overload
+    def __call__(self, backend: str, *args: _Options.args, **options: _Options.kwargs) -> Partition: ...
+
+
+def _by_backend(function: Callable[Concatenate[str, _Options], Partition]) -> _ByBackend[_Options]:
+    """Gives a function the overloads of `_ByBackend`, with its own options in each of them."""
+    return cast("_ByBackend[_Options]", function)
+
+
+@_by_backend
 def open_partition(
     backend: str = "auto",
     *,
@@ -222,23 +201,22 @@ def open_partition(
     quiesce: bool | None = None,
     allow_missing_vp: bool = False,
 ) -> Partition:
-    """Makes a partition.
+    """Creates a partition.
 
     Args:
-        backend: "mshv", "kvm", "simulated", or "auto": mshv if there is one, else kvm; never simulated.
-        device: another device node than /dev/mshv or /dev/kvm.
-        gsis: the GSIs to hand out, one run, lowest first. mshv takes 0-4095 (0-23 are the IOAPIC's pins by custom);
-            KVM 24-4095, and at most 4056 of them beside its 40 pin entries.
-        vps: how many VPs to create (from 0 up), or which. A VP's index is its APIC id, 0 to 254.
-        quiesce: whether irqfds are disarmed around every push. None: where the kernel needs it (mshv, where a signal
-            during a push may otherwise become vector 0, and simulated, which stands for it; not KVM).
-        allow_missing_vp: whether a route may be armed although no VP has its destination. On mshv this can bring the
-            host down.
+        backend: "mshv", "kvm", "simulated", or "auto": mshv if available, else kvm, never simulated.
+        device: the device node to open. None: /dev/mshv or /dev/kvm.
+        gsis: the GSIs to hand out, lowest first; a range of step 1. mshv accepts 0-4095 (0-23 are IOAPIC pins by
+            convention); KVM accepts 24-4095, and at most 4056 of them, as its 40 pin entries are in the same table.
+        vps: the number of VPs to create (indices from 0 up), or their indices. A VP's index is its APIC id, 0 to 254.
+        quiesce: whether to disarm all irqfds around every push. None: where the kernel needs it. On mshv a signal
+            during a push can otherwise raise vector 0, and the simulated kernel behaves alike; KVM does not need it.
+        allow_missing_vp: whether to arm a route whose destination has no VP. On mshv this can crash the host.
 
     Raises:
-        HypervisorUnavailableError: no usable device node; says which was tried and what to do.
-        ValueError, TypeError, OverflowError: an argument is wrong; the message names the value and the rule.
-        VpError: the kernel refused a VP.
+        HypervisorUnavailableError: no device node is usable. The message names the node and a remedy.
+        ValueError, TypeError, OverflowError: an argument is invalid. The message names the value and the rule.
+        VpError: the kernel refused to create a VP.
 
     Example:
         >>> with open_partition("simulated", gsis=range(24, 32)) as partition:

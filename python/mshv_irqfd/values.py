@@ -1,4 +1,4 @@
-"""Values that say what is or what happened: plain enumerations and named tuples."""
+"""Values that describe states and events: enumerations and named tuples."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 
 class GsiState(Enum):
-    """What a GSI is used for."""
+    """The state of a GSI."""
 
     UNALLOCATED = "unallocated"
     """No route has it."""
     DISABLED = "disabled"
     """A route has it and is not armed."""
     ENABLED = "enabled"
-    """Its route is armed: a signal is an interrupt."""
+    """Its route is armed: a signal raises the interrupt."""
     BROKEN = "broken"
-    """A failed call could not be undone; the GSI is not handed out again."""
+    """A failed rollback left its route broken. The GSI is quarantined."""
 
 
 class DeliveryMode(IntEnum):
@@ -31,7 +31,7 @@ class DeliveryMode(IntEnum):
 
 
 class Interrupt(NamedTuple):
-    """An interrupt that arrived. A KVM partition knows the vector only; the rest is None there."""
+    """An interrupt that has arrived. On KVM only the vector is known; the other fields are None."""
 
     vector: int
     destination: int | None = None
@@ -52,17 +52,17 @@ class RoutingEntry(NamedTuple):
 
 
 class PartitionStats(NamedTuple):
-    """Counts since a partition was opened."""
+    """Counters since the partition was opened."""
 
     pushes: int
-    """Routing tables that the kernel took."""
+    """Pushes that the kernel accepted."""
     entries_pushed: int
-    """Entries in those tables, with the 40 pins of KVM and the kept ones."""
+    """Entries in those pushes, including KVM's 40 pin entries and the `keep` entries."""
     pushes_skipped: int
-    """Changes (of one route, by a batch, or by closing a route) that needed no push."""
+    """Changes (to one route, by a batch, or by closing a route) that needed no push."""
     arms: int
-    """irqfds armed, those of quiesced pushes included."""
+    """irqfds armed, including by quiesced pushes."""
     disarms: int
-    """irqfds disarmed, likewise."""
+    """irqfds disarmed, including by quiesced pushes."""
     failures: int
     """Calls that the kernel refused."""

@@ -1,4 +1,4 @@
-"""Latency against the number of routes, all designs on one figure, legible without colour."""
+"""The plot of latency against the number of routes: one panel for each workload, legible without colour."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
-from mshv_irqfd.cli.bench.designs import WORKLOADS
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mshv_irqfd.cli.bench.results import Results
+    from mshv_irqfd._cli.bench.results import Results
 
 STYLES = {
     "package": ("black", "-", "o"),
@@ -29,10 +29,10 @@ MICROSECOND = 1e3
 
 
 def write(file: Path, run: Results) -> None:
-    """Writes the figure; the suffix says whether as svg, png or pdf."""
+    """Writes the figure, in the format of the file's suffix: svg, png or pdf."""
     workloads = list(dict.fromkeys(row["workload"] for row in run["rows"] if row["designs"]))
     lines = max(1, -(-len(workloads) // COLUMNS))
-    # Text stays text in an svg, and no hash or date makes two figures of one result differ.
+    # Text in an svg stays text. Without hashes and a date, equal results give equal files.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mshv_irqfd", "font.size": 9}):
         figure = Figure(figsize=(11, 3 * lines + 0.6), layout="constrained")
         handles = {}
@@ -61,7 +61,7 @@ def write(file: Path, run: Results) -> None:
             axes.yaxis.set_minor_formatter(NullFormatter())
             low, high = axes.get_ylim()
             if high < 10 * low:
-                # Within a decade no power of ten may be in sight.
+                # A range below a decade may contain no power of ten to label.
                 axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
                 axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axes.grid(visible=True, color="0.9")

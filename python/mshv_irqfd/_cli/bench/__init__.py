@@ -1,8 +1,7 @@
-"""`mshv-irqfd bench`: what each call takes, beside the bare ioctls, a rebuilt table, and plain Python.
+"""`mshv-irqfd bench`: the latency of each call, compared with the bare ioctls, a rebuilt table, and plain Python.
 
-Every design runs the same workloads on a partition of its own, one after the other in every round, so that
-whatever else the machine does meets all of them alike; compare ratios, not times. The garbage collector rests
-meanwhile.
+Every design runs the same workloads on a partition of its own. Each round runs all designs in turn, so that other load
+on the machine affects them alike: compare ratios, not times. The garbage collector is off during a measurement.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mshv_irqfd import MshvIrqFdError
-from mshv_irqfd.cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd import MshvIrqFdError, _core
+from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROUTES = (1, 16, 64, 256, 1024, 2000, 4000)
 MOST_ROUTES = 4056
-"""KVM's table has no room for more beside its pins."""
+"""KVM's table holds no more beside its pins."""
 QUICK_ROUTES = (1, 16)
 PLOTS = (".svg", ".png", ".pdf")
 
@@ -32,7 +32,7 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     """Adds the subcommand and its options."""
     parser = subcommands.add_parser(
         "bench",
-        help="measure every call beside the bare ioctls, a rebuilt table, and plain Python",
+        help="measure every call, compared with the bare ioctls, a rebuilt table, and plain Python",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,15 +40,15 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
         "--backend",
         choices=["best", *designs.BACKENDS],
         default="best",
-        help="which kernel; null is one that does nothing, which leaves user space's own time (default: the best one "
+        help="the kernel to use; null does nothing, which leaves the time spent in user space (default: the best one "
         "that this machine has: mshv, kvm, else simulated)",
     )
     parser.add_argument(
         "--workloads",
         type=_workloads,
-        default=list(designs.WORKLOADS),
+        default=list(WORKLOADS),
         metavar="NAME[,NAME...]",
-        help=f"which of {', '.join(designs.WORKLOADS)} (default: all)",
+        help=f"any of {', '.join(WORKLOADS)} (default: all)",
     )
     parser.add_argument(
         "--routes",
@@ -60,25 +60,25 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
         "--seconds",
         type=_seconds,
         metavar="S",
-        help="how long each workload is measured at each number of routes (default: 2)",
+        help="seconds for each workload at each number of routes (default: 2)",
     )
     parser.add_argument(
         "--longest",
         type=_seconds,
         default=60.0,
         metavar="S",
-        help="leave out what would take longer than this a round (default: 60)",
+        help="skip a workload if a round would take longer than this (default: 60)",
     )
-    parser.add_argument("--no-scenarios", action="store_true", help="leave out partitions, threads and memory")
+    parser.add_argument("--no-scenarios", action="store_true", help=f"skip the scenarios: {', '.join(scenarios.ALL)}")
     parser.add_argument(
-        "--quick", action="store_true", help="a glance, not a measurement: few routes, short, no scenarios"
+        "--quick", action="store_true", help="a smoke test, not a measurement: few routes, few rounds, no scenarios"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    parser.add_argument("--plot", type=_plot, metavar="FILE", help="draw latency against routes (svg, png or pdf)")
+    parser.add_argument("--plot", type=_plot, metavar="FILE", help="plot latency against routes (svg, png or pdf)")
     parser.set_defaults(run=run)
 
     commands = parser.add_subparsers(metavar="compare A.json B.json")
-    compare = commands.add_parser("compare", help="show what differs between two runs")
+    compare = commands.add_parser("compare", help="show the differences between two runs")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
     compare.set_defaults(run=run_compare)
@@ -87,8 +87,8 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
 def _workloads(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in designs.WORKLOADS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no workload; there are {', '.join(designs.WORKLOADS)}")
+        if name not in WORKLOADS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a workload; choose from {', '.join(WORKLOADS)}")
     return names
 
 
@@ -96,9 +96,9 @@ def _routes(text: str) -> list[int]:
     try:
         numbers = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,16,2000") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,16,2000") from None
     if numbers[0] < 1 or numbers[-1] > MOST_ROUTES:
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers of routes are 1 to {MOST_ROUTES}")
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of routes is 1 to {MOST_ROUTES}")
     return numbers
 
 
@@ -108,7 +108,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 86400:  # noqa: PLR2004 -- a day
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to a day")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
     return seconds
 
 
@@ -120,7 +120,7 @@ def _plot(text: str) -> Path:
 
 
 def _missing(*packages: str) -> str | None:
-    """What to say if a package is not there."""
+    """The message for missing packages; None if none is missing."""
     missing = [package for package in packages if find_spec(package) is None]
     if not missing:
         return None
@@ -139,29 +139,40 @@ def _say(problem: str) -> int:
     return 2
 
 
+def _warn_of_debug_build(subject: str) -> None:
+    print(
+        f"WARNING: {subject} a debug build of mshv_irqfd: its times do not apply to a release. "
+        "Use `make bench`, or an installed wheel.",
+        file=sys.stderr,
+    )
+
+
 def run_compare(options: Namespace) -> int:
-    """Shows what differs between two runs; 2 if one can't be read."""
+    """Shows the differences between two runs; 2 if one cannot be read."""
     if problem := _missing("rich"):
         return _say(problem)
-    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+    from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
     try:
         before, after = results.read(options.before), results.read(options.after)
     except results.UnreadableError as error:
         return _say(str(error))
+    for file, read in ((options.before, before), (options.after, after)):
+        if machine.is_debug(read["machine"]):
+            _warn_of_debug_build(f"{file} is of")
     report.show_difference(report.console(), before, after)
     return 0
 
 
 def run(options: Namespace) -> int:
-    """Measures and shows; 0 when done, 2 if something that it needs is not there."""
+    """Measures, and shows the results; 2 if a requirement is missing."""
     if problem := _missing("rich", *(["matplotlib"] if options.plot else [])):
         return _say(problem)
-    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+    from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
     for file in (options.json, options.plot):
         if file and not file.absolute().parent.is_dir():
-            return _say(f"{file}: there is no such directory")
+            return _say(f"{file}: no such directory")
     quick = options.quick
     plan = measure.Plan(
         backend=_best() if options.backend == "best" else options.backend,
@@ -171,6 +182,8 @@ def run(options: Namespace) -> int:
         longest=options.longest,
         rounds=2 if quick else measure.LEAST_ROUNDS,
     )
+    if _core.DEBUG_BUILD:
+        _warn_of_debug_build("this is")
     terminal = report.console()
     try:
         found = _measure(plan, terminal, with_scenarios=not (quick or options.no_scenarios))
@@ -180,14 +193,16 @@ def run(options: Namespace) -> int:
     if options.json:
         results.write(options.json, found)
     if options.plot:
-        from mshv_irqfd.cli.bench import plot  # noqa: PLC0415 -- an extra, which may be missing
+        from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
 
         plot.write(options.plot, found)
+    if _core.DEBUG_BUILD:
+        _warn_of_debug_build("this is")
     return 0
 
 
 def _measure(plan: measure.Plan, terminal: Console, *, with_scenarios: bool) -> results.Results:
-    from mshv_irqfd.cli.bench import report  # noqa: PLC0415 -- an extra, which may be missing
+    from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
     measurement = measure.Measurement(plan)
     machine.raise_descriptor_limit(max(plan.routes) * len(measurement.designs))

@@ -1,4 +1,4 @@
-"""What is not the latency of one call: many partitions, many threads, a busy interpreter, memory."""
+"""Measurements other than the latency of one call: many partitions, many threads, a busy interpreter, memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from time import perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MsiRoute, _core, open_partition
-from mshv_irqfd.cli.bench import machine
-from mshv_irqfd.cli.bench.designs import FIRST_GSI, vector
-from mshv_irqfd.cli.bench.measure import interval
+from mshv_irqfd._cli.bench import machine
+from mshv_irqfd._cli.bench.measure import interval
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mshv_irqfd.cli.bench.results import Scenario
+    from mshv_irqfd._cli.bench.results import Scenario
 
 PARTITIONS = 64
 ROUTES_EACH = 16
@@ -27,7 +27,7 @@ THREADS = 8
 ROUNDS = 7
 ROUTES = 2000
 MEASURED = 4
-"""Partitions whose memory is measured."""
+"""The number of partitions whose memory is measured."""
 PR_SET_THP_DISABLE = 41
 """linux/prctl.h."""
 
@@ -51,7 +51,7 @@ def _scenario(name: str, what: str, values: list[float], unit: str) -> Scenario:
 
 
 def partitions(backend: str, seconds: float) -> list[Scenario]:
-    """Sets up partitions while as many others are there, and alone."""
+    """The time to set up a partition, alone and among many."""
     del seconds
     alone: list[float] = []
     together: list[float] = []
@@ -76,7 +76,7 @@ def partitions(backend: str, seconds: float) -> list[Scenario]:
 
 
 def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
-    """How often a second each of so many threads moves its own route to another vector."""
+    """Retargets per second of each thread; every route has a thread of its own."""
     counts = [0] * len(routes)
     stop = threading.Event()
     ready = threading.Barrier(len(routes) + 1)
@@ -104,7 +104,7 @@ def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
 
 
 def threads(backend: str, seconds: float) -> list[Scenario]:
-    """Pushes to one partition from one thread and from many."""
+    """The rate of pushes to one partition, from one thread and from many."""
     sums: list[float] = []
     slowest: list[float] = []
     with _open(backend, ROUTES) as partition:
@@ -116,13 +116,13 @@ def threads(backend: str, seconds: float) -> list[Scenario]:
             slowest.append(min(many) / (sum(many) / THREADS))
     what = f"retargets at {ROUTES} routes, {THREADS} threads"
     return [
-        _scenario("threads", f"{what}: their sum by one thread's", sums, ""),
-        _scenario("threads", f"{what}: the slowest by the mean", slowest, ""),
+        _scenario("threads", f"{what}: their sum divided by one thread's rate", sums, ""),
+        _scenario("threads", f"{what}: the slowest divided by the mean", slowest, ""),
     ]
 
 
 def _turns(seconds: float) -> float:
-    """How many turns of a small loop this thread makes a second."""
+    """Iterations per second of a small loop in this thread."""
     count, begun = 0, perf_counter_ns()
     end = begun + int(seconds * 1e9)
     while perf_counter_ns() < end:
@@ -131,7 +131,7 @@ def _turns(seconds: float) -> float:
 
 
 def responsiveness(backend: str, seconds: float) -> list[Scenario]:
-    """What a Python thread gets done while another's pushes wait in the kernel."""
+    """The speed of a Python thread while another's pushes are in the kernel."""
     shares: list[float] = []
     with _open(backend, ROUTES) as partition:
         routes = _bring_up(partition, ROUTES)
@@ -151,26 +151,25 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
             shares.append(_turns(seconds) / alone)
             stop.set()
             thread.join()
-    return [
-        _scenario("responsiveness", f"a thread's Python while another retargets at {ROUTES} routes", shares, "of alone")
-    ]
+    what = f"a thread's speed in Python while another retargets at {ROUTES} routes"
+    return [_scenario("responsiveness", what, shares, "of its speed alone")]
 
 
 def memory(backend: str, seconds: float) -> list[Scenario]:
-    """The anonymous memory of partitions with routes, in a process of its own, whose heap has few holes to hide it."""
+    """The anonymous memory of partitions with routes, in a new process, whose heap has little free space to reuse."""
     del seconds
     sizes = [_measured_memory(backend) for _ in range(3)]
-    return [_scenario("memory", f"a partition with {ROUTES} routes, Python objects and all", sizes, "KiB")]
+    return [_scenario("memory", f"a partition with {ROUTES} routes, including Python objects", sizes, "KiB")]
 
 
 def _measured_memory(backend: str) -> float:
-    command = [sys.executable, "-m", "mshv_irqfd.cli.bench.scenarios", backend]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603 -- ourselves
+    command = [sys.executable, "-m", "mshv_irqfd._cli.bench.scenarios", backend]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603 -- this module
 
 
 def _print_memory(backend: str) -> None:
-    """Prints the memory that a partition and its routes take, in KiB: the mean of some, behind a first one."""
-    # A huge page is there as a whole, however little of it is used.
+    """Prints the memory of a partition and its routes, in KiB: the mean of several, after a first one."""
+    # A huge page counts as a whole, even if little of it is used.
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     machine.raise_descriptor_limit((1 + MEASURED) * ROUTES)
 
@@ -193,7 +192,7 @@ ALL: dict[str, Callable[[str, float], list[Scenario]]] = {
     "responsiveness": responsiveness,
     "memory": memory,
 }
-"""By name; called with the backend and the seconds that one measurement of a rate takes."""
+"""By name; called with the backend and the seconds to measure a rate for."""
 
 if __name__ == "__main__":
     _print_memory(sys.argv[1])

@@ -1,4 +1,4 @@
-"""What a result depends on, beside the code: the machine, its kernel, the versions, the limits."""
+"""The conditions of a run: the machine, its kernel, the versions, and the descriptor limit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import platform
 import resource
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mshv_irqfd import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DESCRIPTORS_BESIDE = 128
-"""Descriptors for everything but routes."""
+"""Descriptors beyond those of the routes."""
 
 
 class TooFewDescriptorsError(Exception):
-    """RLIMIT_NOFILE leaves too few descriptors, and can't be raised."""
+    """RLIMIT_NOFILE allows too few descriptors, and cannot be raised."""
 
 
 def describe() -> dict[str, str | float]:
@@ -25,7 +31,13 @@ def describe() -> dict[str, str | float]:
         "load": round(os.getloadavg()[0], 2),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "mshv_irqfd": metadata.version("mshv_irqfd"),
+        "build": "debug" if _core.DEBUG_BUILD else "release",
     }
+
+
+def is_debug(description: Mapping[str, str | float]) -> bool:
+    """Whether a result is of a debug build. Results of earlier versions do not say, and count as of a release."""
+    return description.get("build") == "debug"
 
 
 def _cpu() -> str:
@@ -37,10 +49,10 @@ def _cpu() -> str:
 
 
 def raise_descriptor_limit(routes: int) -> None:
-    """Makes room for so many eventfds: to the hard limit, and where that may be raised too, beyond it.
+    """Raises RLIMIT_NOFILE for this many eventfds: to the hard limit, or beyond it with the privilege to do so.
 
     Raises:
-        TooFewDescriptorsError: there is not enough room; says what to do.
+        TooFewDescriptorsError: the limit cannot be raised. The message names a remedy.
     """
     needed = routes + DESCRIPTORS_BESIDE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -54,6 +66,6 @@ def raise_descriptor_limit(routes: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
     except (OSError, ValueError) as error:
         raise TooFewDescriptorsError(
-            f"{needed} file descriptors are needed, and RLIMIT_NOFILE allows {hard}: raise the hard limit "
-            f"(as root: ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or give fewer --routes"
+            f"the bench needs {needed} file descriptors, and RLIMIT_NOFILE allows {hard}: raise the hard limit "
+            f"(as root: ulimit -Hn {needed}; systemd: LimitNOFILE={needed}), or reduce --routes"
         ) from error

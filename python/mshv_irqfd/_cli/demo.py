@@ -1,4 +1,4 @@
-"""`mshv-irqfd demo`: the life of a few routes, step by step, with what the guest received checked at each."""
+"""`mshv-irqfd demo`: the life of a few routes, with the guest's interrupts checked after every step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FIRST_VECTOR = 0x40
 NEW_VECTOR = 0x80
 FENCE_VECTOR = 0xF0
 TIMEOUT = 10.0
-"""Seconds after which an interrupt that has not arrived is taken for lost."""
+"""Seconds after which an interrupt counts as lost."""
 
 
 def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     """Adds the subcommand and its options."""
     parser = subcommands.add_parser(
         "demo",
-        help="bring routes up, signal, mask, move and close them, and check what the guest received",
+        help="bring routes up, signal, mask, move and close them, and check the guest's interrupts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,13 +38,13 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
         "--backend",
         choices=["best", "mshv", "kvm", "simulated"],
         default="best",
-        help="which kernel to use (default: the best one that this machine has: mshv, kvm, else simulated)",
+        help="the kernel to use (default: the best one that this machine has: mshv, kvm, else simulated)",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:
-    """Runs the demonstration; 0 if everything was as expected, 1 if anything differed, 2 without a backend."""
+    """Runs the demonstration; 0 if every step was as expected, 1 if one was not, 2 without a backend."""
     try:
         partition = _open(options.backend)
     except HypervisorUnavailableError as error:
@@ -54,17 +54,17 @@ def run(options: Namespace) -> int:
         demonstration = Demonstration(partition)
         demonstration.run()
     if demonstration.differences:
-        print(f"\n{demonstration.differences} step(s) differed from what was expected")
+        print(f"\n{demonstration.differences} result(s) not as expected")
         return 1
-    print("\nEverything arrived as expected, and nothing else.")
+    print("\nEvery expected interrupt arrived, and no other.")
     return 0
 
 
 def _open(backend: str) -> Partition:
-    """Opens a partition, and says why this one."""
+    """Opens a partition, and prints the reason for its backend."""
     if backend != "best":
         partition = open_partition(backend)
-        print(f"{partition}\n  as asked for")
+        print(f"{partition}\n  as requested")
         return partition
     reasons = []
     for name in ("mshv", "kvm"):
@@ -81,7 +81,7 @@ def _open(backend: str) -> Partition:
 
 
 class Demonstration:
-    """Steps on one partition, each with the vectors that are to arrive."""
+    """The steps on one partition, each with the vectors that should arrive."""
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
@@ -118,7 +118,7 @@ class Demonstration:
         routes[2].clear_msi()
         descriptor.signal()
         self._step("clear the MSI of the third and signal its eventfd", routes, [])
-        self._check("  its signal waits", routes[2].pending)
+        self._check("  its signal is pending", routes[2].pending)
 
         pushes = self.partition.stats().pushes
         for route in routes:
@@ -132,7 +132,7 @@ class Demonstration:
             print(f"  {route}")
         arrived = self._arrived(expected)
         if arrived is None:
-            print(f"  the mshv driver does not tell what arrived; expected: {_vectors(expected)}")
+            print(f"  the mshv driver does not report interrupts; expected: {_vectors(expected)}")
             return
         self._check(f"  arrived: {_vectors(arrived)}; expected: {_vectors(expected)}", sorted(arrived) == expected)
 
@@ -141,13 +141,13 @@ class Demonstration:
         self.differences += not fine
 
     def _arrived(self, expected: list[int]) -> list[int] | None:
-        """The vectors that arrived, when all that was signalled before has."""
+        """The vectors that arrived, once every earlier signal is delivered; None if not observable."""
         if isinstance(self.partition, SimulatedPartition):
             self.partition.settle()
             return [interrupt.vector for interrupt in self.partition.take_interrupts()]
         if isinstance(self.partition, KvmPartition):
-            # KVM may still be at work on an interrupt of a route that was just armed, so what is expected is waited
-            # for. What is not expected would have come before the interrupt of a route signalled last.
+            # KVM may still be delivering the interrupt of a route just armed, so this waits for the expected ones.
+            # An unexpected one would arrive before the interrupt of a fence, which is signalled last.
             missing = set(expected)
             arrived: list[int] = []
             while missing and (batch := self.partition.take_interrupts(TIMEOUT)):

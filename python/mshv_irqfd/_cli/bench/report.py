@@ -1,4 +1,4 @@
-"""What the terminal shows: progress while it runs, tables, comparisons."""
+"""Terminal output: the progress bar, the tables of a run, the comparison of two."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mshv_irqfd.cli.bench.designs import WORKLOADS
-from mshv_irqfd.cli.bench.measure import MOST_SPREAD, Ratio
-from mshv_irqfd.cli.bench.results import is_ours
+from mshv_irqfd._cli.bench.measure import MOST_SPREAD, Ratio
+from mshv_irqfd._cli.bench.results import is_ours
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
-    from mshv_irqfd.cli.bench.results import Compared, Results, Row, Summary
+    from mshv_irqfd._cli.bench.results import Compared, Results, Row, Summary
 
 WIDTH = 200
-"""Columns where the output is no terminal."""
+"""Columns if the output is not a terminal."""
 
 
 def console() -> Console:
-    """The terminal; a file gets lines long enough for the tables."""
+    """A console for standard output; if that is a file, wide enough for the tables."""
     found = Console()
     return found if found.is_terminal else Console(width=WIDTH)
 
 
 def progress_bar(terminal: Console) -> Progress:
-    """A bar that is gone when it is done."""
+    """A progress bar, removed at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     return Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
 
 
 def time(nanoseconds: float) -> str:
-    """A time with three digits and its unit."""
+    """A time to three digits, with its unit."""
     for limit, unit, size in ((999.5, "ns", 1.0), (999.5e3, "us", 1e3), (999.5e6, "ms", 1e6)):
         if nanoseconds < limit:
             return f"{nanoseconds / size:.3g} {unit}"
@@ -40,11 +40,11 @@ def time(nanoseconds: float) -> str:
 
 
 def ratio(found: Compared) -> str:
-    """How many times as long, or 1/how many; and how far the interval reaches. A dash where that is too far."""
+    """A ratio (1/n if below a half) and the spread of its interval; a dash if the interval is too wide."""
     value = Ratio(**found)
     if not value.is_meaningful:
         return "-"
-    if value.value > 1000:  # noqa: PLR2004 -- against a kernel that does nothing
+    if value.value > 1000:  # noqa: PLR2004 -- against the null kernel
         return ">1000"
     if value.value > 0.5:  # noqa: PLR2004 -- half
         shown = f"{value.value:.2f}"
@@ -69,7 +69,7 @@ def table(workload: str, rows: list[Row]) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row["left_out"]:
-            shown.add_row(str(row["routes"]), f"left out: {row['left_out']}")
+            shown.add_row(str(row["routes"]), f"skipped: {row['left_out']}")
         for name, summary in row["designs"].items():
             if not is_ours(name):
                 continue
@@ -89,13 +89,13 @@ def show(terminal: Console, run: Results) -> None:
         f"load {machine['load']}; mshv_irqfd {machine['mshv_irqfd']}, {machine['python']}"
     )
     terminal.print(
-        "A ratio is the package's time by the baseline's in the same round: the median over the rounds, with its 95 % "
-        f"interval. One that reaches beyond ±{100 * MOST_SPREAD:.0f} % is not said (-).\n"
+        "A ratio is the package's time divided by the baseline's in the same round: the median over the rounds, with "
+        f"its 95 % interval. A dash stands for an interval wider than ±{100 * MOST_SPREAD:.0f} %.\n"
     )
     for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
         terminal.print(table(workload, [row for row in run["rows"] if row["workload"] == workload]))
     if run["scenarios"]:
-        shown = Table(title="further measurements", title_justify="left")
+        shown = Table(title="scenarios", title_justify="left")
         for heading in ("name", "what"):
             shown.add_column(heading)
         shown.add_column("value (interval)", justify="right")
@@ -106,7 +106,7 @@ def show(terminal: Console, run: Results) -> None:
 
 
 def show_difference(terminal: Console, before: Results, after: Results) -> None:
-    """What differs between two runs, design by design."""
+    """The differences between two runs, design by design."""
     for name, run in (("A", before), ("B", after)):
         machine, settings = run["machine"], run["settings"]
         terminal.print(
@@ -129,7 +129,7 @@ def show_difference(terminal: Console, before: Results, after: Results) -> None:
             elif new["median_high_ns"] < was["median_low_ns"]:
                 verdict = "faster"
             else:
-                verdict = "no difference seen"
+                verdict = "no clear difference"
             factor = new["median_ns"] / was["median_ns"] if was["median_ns"] else 1.0
             times = time(was["median_ns"]), time(new["median_ns"])
             shown.add_row(row["workload"], str(row["routes"]), name, *times, f"{factor:.2f}", verdict)

@@ -1,4 +1,4 @@
-"""How samples are taken and what is made of them."""
+"""Sampling, and the statistics of samples."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ from statistics import median, quantiles
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from mshv_irqfd.cli.bench import designs
+from mshv_irqfd._cli.bench import designs
+from mshv_irqfd._cli.bench.workloads import is_repeatable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SAMPLE = 20_000
-"""Nanoseconds that a sample lasts at least: a call that is shorter is repeated, and a sample is then a mean."""
+"""The least duration of a sample, in nanoseconds. A shorter call is repeated, and the sample is the mean."""
 MOST_CALLS = 2000
 LEAST_ROUNDS = 6
 MOST_ROUNDS = 2000
 NOTHING = 1e-3
-"""Nanoseconds below which a call took no time: the kernel that does nothing has such a floor."""
+"""The least denominator of a ratio, in nanoseconds: on the null kernel the floor's calls take no time."""
 GROWS = {"create": 1, "retarget": 1, "mask-unmask": 1, "push": 1, "signal": 0}
-"""With which power of the number of routes a round grows at worst: the first for one push, and the arming around it;
-the second, for what is not named here, where some design makes such a push for every route."""
+"""The power of the number of routes with which a round grows at worst: 1 for one push and the arming around it; 2 for
+the others, where some design makes such a push for every route."""
 MOST_SPREAD = 0.25
-"""A ratio whose interval reaches further than this to either side says nothing, and is not said."""
+"""The widest interval, to either side and as a share of the ratio, of a ratio that is shown."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how long."""
+    """The workloads to measure, and for how long."""
 
     backend: str
     workloads: list[str]
     routes: list[int]
     seconds: float
-    """How long a workload is measured at one number of routes, all designs together."""
+    """Seconds for a workload at one number of routes, for all designs together."""
     longest: float
-    """How many seconds a round of all designs may be expected to take; longer ones are left out."""
+    """The longest expected round of all designs, in seconds; a workload beyond that is skipped."""
     rounds: int = LEAST_ROUNDS
     """The least number of rounds."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much longer one design takes than another: the median over the rounds, and its 95 % interval."""
+    """The time of one design divided by another's: the median over the rounds, and its 95 % interval."""
 
     value: float
     low: float
@@ -54,19 +55,19 @@ class Ratio:
 
     @property
     def spread(self) -> float:
-        """The further end of the interval, as a share of the value."""
+        """The distance to the farther end of the interval, as a share of the value."""
         return max(self.high - self.value, self.value - self.low) / self.value
 
     @property
     def is_meaningful(self) -> bool:
-        """Whether the interval is narrow enough for the value to be said."""
+        """Whether the interval is narrow enough to show the value."""
         return self.spread <= MOST_SPREAD
 
 
 def interval(values: list[float]) -> Ratio:
-    """The median, and an interval that has it with 95 % certainty (all values, if there are few)."""
+    """The median, and its 95 % confidence interval (the whole range, if there are few values)."""
     ordered = sorted(values)
-    # Order statistics: as many of n values lie below the true median as heads fall in n throws of a coin.
+    # Order statistics: the number of values below the true median is binomial, like heads in n throws of a coin.
     reach = 1.96 * math.sqrt(len(ordered)) / 2
     low = max(0, math.floor(len(ordered) / 2 - reach))
     high = min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach))
@@ -75,19 +76,19 @@ def interval(values: list[float]) -> Ratio:
 
 @dataclass
 class Cell:
-    """One workload at one number of routes: samples of each design, a round of all after the other."""
+    """One workload at one number of routes, with samples of each design."""
 
     workload: str
     routes: int
     samples: dict[str, list[float]] = field(default_factory=dict)
-    """Nanoseconds a call, by design; the n-th of each are of the same round."""
+    """Nanoseconds per call, by design; the n-th samples of all designs are from the same round."""
     calls: dict[str, int] = field(default_factory=dict)
-    """How many calls a sample is the mean of."""
+    """Calls per sample, by design."""
     left_out: str | None = None
-    """Why there are no samples."""
+    """The reason for the lack of samples."""
 
     def ratio(self, design: str, baseline: str) -> Ratio | None:
-        """How a design compares with a baseline, round by round; None if either has no samples."""
+        """The ratio of a design to a baseline, from pairs of the same round; None if either has no samples."""
         if not (self.samples.get(design) and self.samples.get(baseline)):
             return None
         pairs = zip(self.samples[design], self.samples[baseline], strict=True)
@@ -100,7 +101,7 @@ class Cell:
 
 
 class Measurement:
-    """All cells of a plan, measured one after the other."""
+    """The measurement of all cells of a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -108,7 +109,7 @@ class Measurement:
         self._round_took: dict[str, tuple[int, float]] = {}
 
     def cells(self, progress: Callable[[float, str], None]) -> Iterator[Cell]:
-        """Measures; `progress` is told how much of the whole is done, and what is measured now."""
+        """Measures; calls `progress` with the completed share of the whole and the name of the current cell."""
         total = len(self.plan.routes) * len(self.plan.workloads)
         for at, routes in enumerate(self.plan.routes):
             with ExitStack() as stack:
@@ -118,7 +119,7 @@ class Measurement:
                     stack.callback(made[name].close)
                 for done, workload in enumerate(self.plan.workloads, at * len(self.plan.workloads)):
                     text = f"{workload}, {routes} routes"
-                    yield self._measure(made, workload, routes, lambda part: progress((done + part) / total, text))  # noqa: B023 -- called before the next turn
+                    yield self._measure(made, workload, routes, lambda part: progress((done + part) / total, text))  # noqa: B023 -- called before the next iteration
         progress(1.0, "done")
 
     def _measure(
@@ -127,13 +128,13 @@ class Measurement:
         cell = Cell(workload, routes)
         expected = self._expected(workload, routes)
         if expected > self.plan.longest:
-            cell.left_out = f"a round would take about {expected:.0f} s (see --longest)"
+            cell.left_out = f"a round would take about {expected:.0f} s (--longest)"
             return cell
         progress(0.0)
         enabled = gc.isenabled()
         gc.disable()
         try:
-            # Warms up, and tells how often a call must be repeated to be longer than the clock's own doing.
+            # Warms up, and finds the number of calls that makes a sample long compared with reading the clock.
             for name, design in made.items():
                 took = max(1, design.run(workload, 1))
                 cell.calls[name] = 1
@@ -147,7 +148,7 @@ class Measurement:
         return cell
 
     def _rounds(self, cell: Cell, made: dict[str, designs.Design], progress: Callable[[float], None]) -> float:
-        """Fills a cell with samples, and returns the seconds that the quickest round took."""
+        """Fills a cell with samples, and returns the duration of the quickest round in seconds."""
         quickest = math.inf
         cell.samples = {name: [] for name in made}
         names = list(made)
@@ -157,18 +158,18 @@ class Measurement:
             if done >= self.plan.rounds and elapsed > self.plan.seconds:
                 break
             progress(min(1.0, max(elapsed / self.plan.seconds if self.plan.seconds else 1.0, 0.0)))
-            # Each design comes first, second, ... equally often.
+            # Each design runs first, second, ... equally often.
             first = done % len(names)
             for name in names[first:] + names[:first]:
                 calls = cell.calls[name]
-                if designs.is_repeatable(cell.workload):
-                    # The design before it may have left the caches full or empty, and it is always the same one.
+                if is_repeatable(cell.workload):
+                    # Untimed: the caches hold the data of the previous design, which is always the same one.
                     made[name].run(cell.workload, 1)
                 cell.samples[name].append(made[name].run(cell.workload, calls) / calls)
             quickest = min(quickest, (perf_counter_ns() - begun) / 1e9 - elapsed)
         return quickest
 
     def _expected(self, workload: str, routes: int) -> float:
-        """Seconds that a round will take at worst, from those at the last number of routes."""
+        """The longest duration of a round, in seconds, estimated from the last number of routes."""
         before, took = self._round_took.get(workload, (routes, 0.0))
         return took * (routes / before) ** GROWS.get(workload, 2)

@@ -1,11 +1,11 @@
-"""The console script `mshv-irqfd`: one module a subcommand."""
+"""The console script `mshv-irqfd`, with one module for each subcommand."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from mshv_irqfd.cli import bench, demo, probe
+from mshv_irqfd._cli import bench, demo, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

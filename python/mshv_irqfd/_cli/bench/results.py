@@ -1,4 +1,4 @@
-"""The JSON of a run: what was measured, on what, how."""
+"""The JSON of a run: machine, settings and measurements."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypedDict
 
-from mshv_irqfd.cli.bench import machine
-from mshv_irqfd.cli.bench.measure import interval
+from mshv_irqfd._cli.bench import machine
+from mshv_irqfd._cli.bench.measure import interval
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mshv_irqfd.cli.bench.measure import Cell, Plan, Ratio
+    from mshv_irqfd._cli.bench.measure import Cell, Plan, Ratio
 
 FORMAT = 1
 
@@ -48,7 +48,7 @@ class Row(TypedDict):
 
 
 class Scenario(TypedDict):
-    """Something that is not a call's latency."""
+    """A measurement other than the latency of one call."""
 
     name: str
     what: str
@@ -69,11 +69,11 @@ class Results(TypedDict):
 
 
 class UnreadableError(Exception):
-    """A file that is no result of this bench."""
+    """A file does not hold a result of this bench."""
 
 
 def compared(ratio: Ratio) -> Compared:
-    """A ratio as it is kept."""
+    """A ratio, for JSON."""
     return {"value": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
@@ -107,7 +107,7 @@ def row(cell: Cell) -> Row:
 
 
 def is_ours(design: str) -> bool:
-    """Whether a design is the package itself, not a baseline."""
+    """Whether a design is the package, not a baseline."""
     return design.startswith("package")
 
 
@@ -131,12 +131,12 @@ def read(file: Path) -> Results:
     """Reads a run.
 
     Raises:
-        UnreadableError: there is none in that file.
+        UnreadableError: the file does not hold one.
     """
     try:
         run: Results = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnreadableError(f"{file}: {error}") from error
     if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise UnreadableError(f"{file} is no result of this version's bench (format {FORMAT})")
+        raise UnreadableError(f"{file} is not a result of this version's bench (format {FORMAT})")
     return run

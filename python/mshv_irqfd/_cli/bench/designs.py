@@ -1,0 +1,48 @@
+"""The designs that the bench compares: the package, plain Python, and the Rust baselines (`_core.Baseline`).
+
+Each runs the same workloads on a partition of its own with one VP. Only the workloads are timed, not the steps between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from mshv_irqfd import _core
+from mshv_irqfd._cli.bench.package import Package
+from mshv_irqfd._cli.bench.plain_python import PlainPython
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BACKENDS = ("mshv", "kvm", "simulated", "null")
+
+
+class Design(Protocol):
+    """A way to manage the routes of one partition."""
+
+    def run(self, workload: str, calls: int) -> int:
+        """Runs a workload a number of times in a row, and returns the nanoseconds that they took together."""
+
+    def close(self) -> None:
+        """Closes the partition."""
+
+
+MAKERS: dict[str, Callable[[str, int], Design]] = {
+    "package": Package,
+    "package, not quiesced": lambda backend, count: Package(backend, count, quiesce=False),
+    "floor": lambda backend, count: _core.Baseline("floor", backend, count),
+    "floor, quiesced": lambda backend, count: _core.Baseline("floor-quiesced", backend, count),
+    "rebuild": lambda backend, count: _core.Baseline("rebuild", backend, count),
+    "plain Python": PlainPython,
+}
+
+
+def of_backend(backend: str) -> list[str]:
+    """The designs that can run on a backend."""
+    names = list(MAKERS)
+    if backend in ("kvm", "null"):
+        names = [name for name in names if "quiesced" not in name]
+    if backend == "simulated":
+        # The simulated kernel has no ioctls.
+        names.remove("plain Python")
+    return names

@@ -1,0 +1,121 @@
+"""The package's own design: its calls, as a Python program makes them."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from mshv_irqfd import MsiRoute, SimulatedPartition, _core, open_partition
+from mshv_irqfd._cli.bench.timed import Timed
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, Standing, vector
+
+if TYPE_CHECKING:
+    from mshv_irqfd import IrqFdRoute
+
+TIMEOUT = 60.0
+
+
+class Package(Timed):
+    """Routes of this package on one partition."""
+
+    def __init__(self, backend: str, count: int, *, quiesce: bool | None = None) -> None:
+        super().__init__()
+        self.count = count
+        gsis = range(FIRST_GSI, FIRST_GSI + max(count, 2048))
+        self.partition = (
+            _core.null_partition(gsis) if backend == "null" else open_partition(backend, gsis=gsis, quiesce=quiesce)
+        )
+        self.routes: list[IrqFdRoute] = []
+        self.msis = [[MsiRoute.fixed(vector(index, turn=turn), 0) for index in range(count)] for turn in (False, True)]
+        self.middle = count // 2
+        self.steps = {
+            "create": self._create,
+            "bring-up": self._bring_up,
+            "bring-up-batch": self._set_all,
+            "retarget-all": self._set_all,
+            "tear-down": self._tear_down,
+        }
+
+    def _create(self) -> None:
+        new = self.partition.new_irqfd_route
+        self.routes = [new() for _ in range(self.count)]
+
+    def _bring_up(self) -> None:
+        # New MSIs: entries of closed routes stay in the kernel until the next push, and the same MSI needs no push.
+        self.turn = not self.turn
+        new = self.partition.new_irqfd_route
+        for msi in self.msis[self.turn]:
+            route = new()
+            self.routes.append(route)
+            route.set_msi(msi)
+
+    def _set_all(self) -> None:
+        self.turn = not self.turn
+        with self.partition.batch() as batch:
+            set_msi = batch.set_msi
+            for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
+                set_msi(route, msi)
+
+    def _tear_down(self) -> None:
+        for route in self.routes:
+            route.close()
+
+    def _prepare_steps(self) -> None:
+        # Bound methods, as in a program that keeps its route.
+        if not self.routes:
+            return
+        route = self.routes[self.middle]
+        set_msi, mask, unmask = route.set_msi, route.mask, route.unmask
+        # The first must differ from the current MSI: setting the same one again does nothing.
+        now = route.msi
+        msis = cycle(sorted((turn[self.middle] for turn in self.msis), key=lambda msi: msi == now))
+
+        def retarget() -> None:
+            set_msi(next(msis))
+
+        def mask_unmask() -> None:
+            mask()
+            unmask()
+
+        self.steps |= {"retarget": retarget, "push": retarget, "mask-unmask": mask_unmask, "signal": route.signal}
+        if isinstance(self.partition, SimulatedPartition):
+            signal, take = route.signal, self.partition.take_interrupts
+
+            def delivered() -> None:
+                signal()
+                if not take(TIMEOUT):
+                    raise TimeoutError("the simulated kernel delivered no interrupt")
+
+            self.steps["signal"] = delivered
+
+    def run(self, workload: str, calls: int) -> int:
+        """Runs a workload, without the closed routes of an earlier one."""
+        if self.standing == Standing.NOTHING:
+            self.routes = []
+        return super().run(workload, calls)
+
+    def _arrange(self, standing: Standing) -> None:
+        if standing == Standing.NOTHING:
+            self._tear_down()
+            self.routes = []
+            return
+        if self.standing == Standing.NOTHING:
+            self._create()
+        others = [route for index, route in enumerate(self.routes) if index != self.middle]
+        with self.partition.batch() as batch:
+            if standing == Standing.MADE:
+                for route in self.routes:
+                    batch.clear_msi(route)
+            else:
+                for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
+                    batch.set_msi(route, msi)
+            for route in others:
+                batch.unmask(route)
+        if standing == Standing.QUIET:
+            with self.partition.batch() as batch:
+                for route in others:
+                    batch.mask(route)
+
+    def close(self) -> None:
+        """Closes the partition and its routes."""
+        self.partition.close()

@@ -1,0 +1,55 @@
+"""The workloads of the bench, and the state of the routes that each begins and ends with."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+FIRST_GSI = 24
+WORKLOADS = {
+    "create": "routes created, without an MSI",
+    "bring-up": "routes created, routed and armed, one by one",
+    "bring-up-batch": "existing routes, routed and armed in one batch",
+    "retarget": "one route moved to another vector",
+    "retarget-all": "all routes moved to other vectors in one batch",
+    "mask-unmask": "one route masked and unmasked",
+    "push": "the table pushed while a single route is armed",
+    "signal": "an armed eventfd written, until the interrupt is delivered",
+    "tear-down": "all routes closed, one by one",
+}
+
+
+class Standing(Enum):
+    """How far a design has brought up its routes."""
+
+    NOTHING = 0
+    MADE = 1
+    ARMED = 2
+    QUIET = 3
+    """All are in the table, and a single one is armed."""
+
+
+BEGINS = {
+    "create": Standing.NOTHING,
+    "bring-up": Standing.NOTHING,
+    "bring-up-batch": Standing.MADE,
+    "push": Standing.QUIET,
+}
+"""The standing before a workload; `ARMED` for the others."""
+ENDS = {
+    "create": Standing.MADE,
+    "bring-up": Standing.ARMED,
+    "bring-up-batch": Standing.ARMED,
+    "push": Standing.QUIET,
+    "tear-down": Standing.NOTHING,
+}
+"""The standing after a workload; `ARMED` for the others."""
+
+
+def is_repeatable(workload: str) -> bool:
+    """Whether a workload ends with the standing that it begins with, and so can be repeated at once."""
+    return BEGINS.get(workload, Standing.ARMED) == ENDS.get(workload, Standing.ARMED)
+
+
+def vector(index: int, *, turn: bool) -> int:
+    """The vector of a route; `turn` alternates between its two vectors."""
+    return 0x30 + index % 64 + (64 if turn else 0)

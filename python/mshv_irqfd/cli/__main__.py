@@ -1,8 +1,0 @@
-"""`python -m mshv_irqfd.cli`, for where the console script is not on the path."""
-
-import sys
-
-from mshv_irqfd.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())
