@@ -17,12 +17,18 @@ import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from faults import Faults
 from mshv_irqfd import KvmPartition, SimulatedPartition, open_partition
+from needs import need, need_faults
+from raw_kvm import KvmVm
 from support import collect, native_threads, open_files, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
 T = TypeVar("T")
+
+# Its assertions say as much as those of the tests themselves.
+pytest.register_assert_rewrite("machine")
 
 
 class Shares:
@@ -49,26 +55,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if isinstance(item, pytest.Function):
                 item.obj = handing_out(item.obj)
-
-
-def need(name: str) -> None:
-    """Skips where a backend is not to be had, and fails where it was asked for by name."""
-    if name not in backends.selected():
-        pytest.skip(f"{backends.SELECTION} leaves {name} out")
-    skip_or_fail(name, backends.unavailable(name))
-
-
-def need_faults(name: str) -> None:
-    """The same, where calls of a backend can't be made to fail."""
-    need(name)
-    skip_or_fail(name, None if name == "simulated" else faults_.unavailable())
-
-
-def skip_or_fail(name: str, reason: str | None) -> None:
-    if reason is not None and backends.required(name):
-        pytest.fail(f"{name} was asked for by {backends.SELECTION}: {reason}")
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +159,13 @@ def kvm(for_each_thread: Callable[..., KvmGuest]) -> KvmGuest:
         return KvmGuest(partition)
 
     return for_each_thread(open_one, KvmGuest.close)
+
+
+@pytest.fixture
+def vm(for_each_thread: Callable[..., KvmVm]) -> KvmVm:
+    """A VM of KVM to adopt."""
+    need("kvm")
+    return for_each_thread(KvmVm, KvmVm.close)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

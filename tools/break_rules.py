@@ -2,7 +2,7 @@
 
 usage: python tools/break_rules.py [--lab] [NAME...]    (needs git, cargo, and what `make build-dev` sets up)
 
-Each file of tests/broken is such a break: a first line that says which clause, `Red:` lines that name the tests which
+Each patch in tests/rules is such a break: a first line that says which clause, `Red:` lines that name the tests which
 must fail, and a patch. It is applied to a copy of the tree, which is kept with what was built of it (in
 ~/.cache/mshv_irqfd/broken, or under $XDG_CACHE_HOME), and taken back after. A test is named by what runs it:
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
-BREAKS = ROOT / "tests" / "broken"
+BREAKS = ROOT / "tests" / "rules"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mshv_irqfd" / "broken"
 TREE, TARGET = CACHE / "tree", CACHE / "target"
 MODULE = TREE / "python" / "mshv_irqfd" / "_core.abi3.so"
@@ -278,10 +278,12 @@ def tried(each: Break) -> list[str]:
 def main() -> int:
     """Tries the breaks, and tells how that went."""
     arguments = argparse.ArgumentParser(description="Breaks the rules on purpose and demands that tests fail.")
-    arguments.add_argument("names", metavar="NAME", nargs="*", help="a break of tests/broken; by default all")
+    arguments.add_argument(
+        "names", metavar="NAME", nargs="*", help="a patch in tests/rules, by its file name; by default all"
+    )
     arguments.add_argument("--lab", action="store_true", help="try the tests of the lab, and no others")
     options = arguments.parse_args()
-    patches = {patch.stem: patch for patch in sorted(BREAKS.glob("*.patch"))}
+    patches = {patch.stem: patch for patch in sorted(BREAKS.rglob("*.patch"))}
     if unknown := set(options.names) - set(patches):
         arguments.error(f"there is no break {', '.join(sorted(unknown))}")
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Runs `tests/lives.py` under valgrind, and fails on bad accesses anywhere and on leaks of this package's.
+"""Runs `tests/helpers/lives.py` under valgrind, and fails on bad accesses anywhere and on leaks of this package's.
 
 The package is a debug build with its symbols (`cargo build --features python`). valgrind knows no more of KVM's ioctls
 than that they read and write as their numbers say; what KVM writes behind their pointers is not watched.
@@ -35,7 +35,7 @@ def run(path: Path, backends: list[str]) -> tuple[int, int]:
     valgrind = ["valgrind", "--quiet", "--undef-value-errors=no", "--num-callers=40", "--leak-check=full"]
     valgrind += ["--show-leak-kinds=definite", "--xml=yes", f"--xml-file={path}/%p.xml"]
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(path)}
-    command = [*valgrind, sys.executable, str(ROOT / "tests" / "lives.py"), *backends]
+    command = [*valgrind, sys.executable, str(ROOT / "tests" / "helpers" / "lives.py"), *backends]
     with subprocess.Popen(command, env=environment) as lives:  # noqa: S603 - our own words
         return lives.wait(), lives.pid
 

@@ -1,4 +1,4 @@
-"""Adopting an mshv partition that somebody else made, as `tests/test_adopting.py` does with a VM of KVM."""
+"""Adopting an mshv partition that somebody else made, as `tests/behaviour/test_adopting.py` does with a VM of KVM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from backends import Backend, MshvGuest
-from conftest import need
 from mshv_irqfd import IrqFdError, MissingVpError, Partition, RoutingEntry
+from needs import need
 from support import an_owner, msi
 
 if TYPE_CHECKING:

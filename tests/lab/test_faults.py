@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from backends import Backend, MshvGuest
-from conftest import need
 from hvstub import ANY, HvStub, Hypercall, Outcome, Status, kernel_allocation_fails
 from mshv_irqfd import (
     HypervisorUnavailableError,
@@ -24,6 +23,7 @@ from mshv_irqfd import (
     VpError,
     open_partition,
 )
+from needs import need
 from support import msi, still_works
 
 if TYPE_CHECKING:

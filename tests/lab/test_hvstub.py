@@ -8,17 +8,13 @@ import fcntl
 import os
 import select
 import struct
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import hvstub
+import pytest
 from hvstub import Asserted, HvStub, Hypercall, Outcome, Scheduler, Status, kernel_allocation_fails, partition_id
 
 if TYPE_CHECKING:
