@@ -1,4 +1,4 @@
-"""Adopting a VM that somebody else made: sole charge of its routing, and nothing else."""
+"""Adopting the VM of another VMM: the package takes charge of its routing table, and of nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from mshv_irqfd import ClosedError, HypervisorUnavailableError, IrqFdError, Partition, RoutingEntry, open_partition
 from needs import need
 from raw_kvm import KVM_CREATE_IRQCHIP, KVM_CREATE_VM, KvmVm
-from support import close_behind_its_back, in_child, msi
+from support import close_as_someone_else, in_child, msi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ def event(for_each_thread: Callable[..., int]) -> int:
     return for_each_thread(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.close)
 
 
-def test_an_adopted_vm_takes_the_interrupts_of_our_routes(vm: KvmVm) -> None:
+def test_an_adopted_vm_receives_the_interrupts_of_its_routes(vm: KvmVm) -> None:
     with Partition.from_fd(vm.fd, "kvm") as partition, partition.new_irqfd_route() as route:
         assert (partition.backend, partition.quiesce, route.gsi) == ("kvm", False, 24)
         route.set_msi(msi(0x41))
@@ -50,7 +50,7 @@ def test_an_object_with_fileno_can_be_adopted(vm: KvmVm) -> None:
     Partition.from_fd(vm, "kvm").close()
 
 
-def test_closing_an_adopted_partition_disarms_and_leaves_the_vm_to_its_maker(vm: KvmVm, event: int) -> None:
+def test_closing_an_adopted_partition_disarms_and_leaves_the_vm_open(vm: KvmVm, event: int) -> None:
     with Partition.from_fd(vm.fd, "kvm") as partition:
         route = partition.new_irqfd_route(event=event)
         route.set_msi(msi(0x41))
@@ -63,7 +63,7 @@ def test_closing_an_adopted_partition_disarms_and_leaves_the_vm_to_its_maker(vm:
     assert vm.vectors() == {0x44}
 
 
-def test_the_first_push_replaces_what_the_table_held(vm: KvmVm, event: int) -> None:
+def test_the_first_push_replaces_the_entries_of_the_table(vm: KvmVm, event: int) -> None:
     vm.route((100, 0xFEE00000, 0x44))
     vm.arm(100, event)
     with Partition.from_fd(vm.fd, "kvm", gsis=range(24, 64)) as partition:
@@ -77,7 +77,7 @@ def test_the_first_push_replaces_what_the_table_held(vm: KvmVm, event: int) -> N
             assert vm.vectors() == {0x41}
 
 
-def test_what_is_kept_stays_in_every_push(vm: KvmVm, event: int) -> None:
+def test_kept_entries_stay_in_every_push(vm: KvmVm, event: int) -> None:
     kept = RoutingEntry(100, 0xFEE00000, 0x44)
     vm.route(kept)
     vm.arm(100, event)
@@ -92,7 +92,7 @@ def test_what_is_kept_stays_in_every_push(vm: KvmVm, event: int) -> None:
         assert partition.stats().entries_pushed == 2 * (40 + 2)
 
 
-def test_the_vps_of_an_adopted_vm_are_made_by_its_maker(vm: KvmVm) -> None:
+def test_an_adopted_vm_refuses_to_create_vps(vm: KvmVm) -> None:
     with Partition.from_fd(vm.fd, "kvm", vps=1) as partition:
         with pytest.raises(io.UnsupportedOperation, match="adopted"):
             partition.create_vp(1)
@@ -113,7 +113,7 @@ def test_a_vm_can_be_adopted_once_at_a_time(vm: KvmVm) -> None:
     os.close(twin)
 
 
-def test_a_partition_of_ours_can_not_be_adopted_again(kvm: KvmGuest) -> None:
+def test_a_partition_opened_by_the_package_can_not_be_adopted(kvm: KvmGuest) -> None:
     with pytest.raises(ValueError, match="already"):
         Partition.from_fd(kvm.partition, "kvm")
 
@@ -140,7 +140,7 @@ def test_quiescing_is_an_option_of_adopting(vm: KvmVm) -> None:
         assert partition.stats().disarms == 1
 
 
-def test_an_eventfd_that_is_armed_by_somebody_else_is_busy_and_the_error_says_so(vm: KvmVm, event: int) -> None:
+def test_an_eventfd_armed_by_someone_else_is_busy_and_the_error_says_so(vm: KvmVm, event: int) -> None:
     vm.route((100, 0xFEE00000, 0x44))
     vm.arm(100, event)
     with Partition.from_fd(vm.fd, "kvm", gsis=range(24, 64)) as partition:
@@ -169,12 +169,12 @@ def test_an_eventfd_that_is_armed_by_somebody_else_is_busy_and_the_error_says_so
         pytest.param({"vps": 256}, ValueError, "254", id="vps"),
     ],
 )
-def test_what_can_not_be_kept_or_handed_out_is_refused_at_adopting(
+def test_invalid_entries_gsis_and_vps_are_refused_at_adopting(
     vm: KvmVm, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         Partition.from_fd(vm.fd, "kvm", **{"gsis": range(24, 64), **options})
-    # It was not taken charge of, so it can be.
+    # The refused call left the VM free to be adopted.
     Partition.from_fd(vm.fd, "kvm").close()
 
 
@@ -204,19 +204,19 @@ def test_a_vm_of_another_hypervisor_is_refused(vm: KvmVm) -> None:
     [(-1, "kvm", ValueError), ("3", "kvm", TypeError), (1 << 31, "kvm", OverflowError), (0, "simulated", ValueError),
      (0, "xen", ValueError), (0, None, TypeError)],
 )  # fmt: skip
-def test_what_is_no_descriptor_or_backend_is_refused(fd: Any, name: Any, error: type[Exception]) -> None:
+def test_an_invalid_descriptor_or_backend_is_refused(fd: Any, name: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         Partition.from_fd(fd, name)
 
 
 def test_a_closed_descriptor_is_refused() -> None:
     fd = os.eventfd(0)
-    close_behind_its_back(fd)
+    close_as_someone_else(fd)
     with pytest.raises(ValueError, match=f"file descriptor {fd} "):
         Partition.from_fd(fd, "kvm")
 
 
-def test_a_simulated_partition_has_nothing_to_adopt() -> None:
+def test_a_simulated_partition_can_not_be_adopted() -> None:
     with open_partition("simulated") as partition, pytest.raises((ValueError, io.UnsupportedOperation)):
         Partition.from_fd(partition, "kvm")
     with pytest.raises(ClosedError):
@@ -252,14 +252,14 @@ def test_the_pins_of_an_adopted_vm_still_raise_interrupts_after_a_push(vm: KvmVm
         assert chip[9] & 1 << 4
 
 
-def test_a_vm_without_an_interrupt_controller_is_adopted_too_early(bare_vm: int) -> None:
+def test_a_vm_without_an_interrupt_controller_is_refused(bare_vm: int) -> None:
     with pytest.raises(HypervisorUnavailableError, match="adopt it after KVM_CREATE_IRQCHIP"):
         Partition.from_fd(bare_vm, "kvm")
     fcntl.ioctl(bare_vm, KVM_CREATE_IRQCHIP)
     Partition.from_fd(bare_vm, "kvm").close()
 
 
-def test_a_vm_with_its_pins_in_user_space_keeps_the_entries_that_stand_for_them(bare_vm: int) -> None:
+def test_a_vm_with_its_pins_in_user_space_keeps_their_entries(bare_vm: int) -> None:
     fcntl.ioctl(bare_vm, KVM_ENABLE_CAP, struct.pack("II4Q64x", KVM_CAP_SPLIT_IRQCHIP, 0, 24, 0, 0, 0))
     keep = [RoutingEntry(gsi, 0xFEE00000, 0x30 + gsi) for gsi in range(24)]
     with Partition.from_fd(bare_vm, "kvm", keep=keep) as partition, partition.new_irqfd_route() as route:
@@ -274,6 +274,6 @@ def test_more_kept_entries_than_fit_are_refused(vm: KvmVm) -> None:
         Partition.from_fd(vm, "kvm", keep=keep, gsis=range(4090, 4091))
 
 
-def test_a_range_that_ends_before_it_starts_is_refused_however_high_it_starts() -> None:
+def test_a_range_that_ends_before_a_start_beyond_32_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="gsis"):
         open_partition("simulated", gsis=range(2**32 + 24, 100))

@@ -32,7 +32,7 @@ def test_a_batch_changes_nothing_before_it_is_committed(guest: Guest) -> None:
     close([route, *rest])
 
 
-def test_a_batch_of_all_kinds_is_done_together(guest: Guest) -> None:
+def test_a_batch_of_all_kinds_of_changes_is_one_push(guest: Guest) -> None:
     new, moved, cleared, masked, unmasked = (guest.partition.new_irqfd_route() for _ in range(5))
     with guest.partition.batch() as batch:
         for number, route in enumerate((moved, cleared, masked, unmasked)):
@@ -133,7 +133,7 @@ edits = pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 
 
 @edits
-def test_a_closed_batch_takes_no_more(guest: Guest, edit: Callable[[Batch, IrqFdRoute], object]) -> None:
+def test_a_closed_batch_takes_no_more_changes(guest: Guest, edit: Callable[[Batch, IrqFdRoute], object]) -> None:
     with guest.partition.new_irqfd_route() as route:
         batch = guest.partition.batch()
         batch.commit()
@@ -193,7 +193,7 @@ def test_a_bad_msi_is_refused_at_the_call_and_the_batch_goes_on(guest: Guest) ->
 
 
 @pytest.mark.parametrize("wrong", [None, 24, "route"])
-def test_what_is_no_route_is_refused_at_the_call(guest: Guest, wrong: Any) -> None:
+def test_a_value_that_is_no_route_is_refused_at_the_call(guest: Guest, wrong: Any) -> None:
     with guest.partition.batch() as batch:
         for call in (batch.clear_msi, batch.mask, batch.unmask, lambda it: batch.set_msi(it, msi(0x41))):
             with pytest.raises(TypeError):
@@ -201,7 +201,7 @@ def test_what_is_no_route_is_refused_at_the_call(guest: Guest, wrong: Any) -> No
     still_works(guest)
 
 
-def test_the_state_of_routes_is_looked_at_when_a_batch_is_committed(guest: Guest) -> None:
+def test_a_batch_checks_the_state_of_its_routes_at_commit(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         batch = guest.partition.batch()
         batch.unmask(route)
@@ -222,7 +222,7 @@ def test_a_batch_of_a_closed_partition_fails(guest: Guest) -> None:
         guest.partition.batch()
 
 
-def test_a_batch_says_its_partition_and_how_many_routes_it_changes(guest: Guest) -> None:
+def test_a_batch_knows_its_partition_and_shows_the_number_of_its_routes(guest: Guest) -> None:
     routes = three(guest)
     batch = guest.partition.batch()
     batch.mask(routes[0])
@@ -234,7 +234,7 @@ def test_a_batch_says_its_partition_and_how_many_routes_it_changes(guest: Guest)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_route_that_only_a_batch_knows_lives_until_the_commit(guest: Guest) -> None:
+def test_a_batch_keeps_its_routes_alive_until_the_commit(guest: Guest) -> None:
     batch = guest.partition.batch()
     batch.set_msi(guest.partition.new_irqfd_route(), msi(0x41))
     [route] = guest.partition.routes

@@ -1,4 +1,4 @@
-"""Errors: what they are, what they carry, and what they advise."""
+"""Errors: their classes, their attributes, and their hints."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ERRORS = [getattr(mshv_irqfd, name) for name in mshv_irqfd.__all__ if name.endsw
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_every_error_is_of_one_family(error: type[Exception]) -> None:
+def test_every_error_has_one_base_class(error: type[Exception]) -> None:
     assert issubclass(error, MshvIrqFdError)
 
 
-def test_errors_are_also_what_python_calls_them() -> None:
+def test_errors_are_also_the_built_in_errors_that_fit() -> None:
     assert issubclass(ClosedError, ValueError)
     for error in (HypervisorUnavailableError, RoutingError, IrqFdError, VpError):
         assert issubclass(error, OSError)
@@ -60,7 +60,7 @@ def test_a_failed_arming_names_the_gsi_too(simulated: SimulatedGuest) -> None:
         (errno.EBADF, "closed"),
     ],
 )
-def test_an_error_with_a_known_cause_says_so(simulated: SimulatedGuest, number: int, words: str) -> None:
+def test_an_error_with_a_known_cause_has_a_hint(simulated: SimulatedGuest, number: int, words: str) -> None:
     with simulated.partition.new_irqfd_route() as route:
         simulated.partition.fail("assign_irqfd", number)
         with pytest.raises(IrqFdError, match=words) as failed:

@@ -1,4 +1,4 @@
-"""Eventfds: ours, a route's, and those that callers bring."""
+"""Eventfds: `EventFd` itself, the view of a route's, and a caller's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 from backends import Guest, SimulatedGuest
 from mshv_irqfd import ClosedError, EventFd, IrqFdError
-from support import close_behind_its_back, collect, msi, still_works
+from support import close_as_someone_else, collect, msi, still_works
 
 Open = Callable[..., Guest]
-
-
-@pytest.fixture
-def theirs(for_each_thread: Callable[..., int]) -> int:
-    """A caller's eventfd."""
-    return for_each_thread(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.close)
 
 
 def test_an_eventfd_counts_signals_until_they_are_consumed() -> None:
@@ -40,7 +34,7 @@ def test_our_eventfds_are_non_blocking_and_close_on_exec(guest: Guest) -> None:
             assert not os.get_inheritable(fd)
 
 
-def test_a_full_counter_takes_no_more_and_signals_succeed() -> None:
+def test_a_signal_on_a_full_counter_succeeds_and_adds_nothing() -> None:
     with EventFd() as event:
         event.signal(2**64 - 2)
         event.signal()
@@ -59,7 +53,7 @@ def test_a_full_counter_takes_no_more_and_signals_succeed() -> None:
         (1.0, TypeError),
     ],
 )
-def test_a_number_of_signals_that_no_counter_takes_is_refused(n: Any, error: type[Exception]) -> None:
+def test_an_invalid_number_of_signals_is_refused(n: Any, error: type[Exception]) -> None:
     with EventFd() as event:
         with pytest.raises(error, match="1 to 2"):
             event.signal(n)
@@ -88,7 +82,7 @@ def test_an_adopted_eventfd_shares_the_counter_and_leaves_the_callers_open(their
     assert os.eventfd_read(theirs) == 2
 
 
-def test_an_object_with_fileno_is_as_good_as_a_number() -> None:
+def test_an_object_with_fileno_is_accepted_like_a_number() -> None:
     with EventFd() as event, EventFd.from_fd(event) as twin:
         twin.signal(5)
         assert event.consume() == 5
@@ -123,7 +117,7 @@ def test_closing_the_view_leaves_the_route_its_descriptor(guest: Guest) -> None:
         assert msi(0x41).vector in {interrupt.vector for interrupt in guest.arrived()}
 
 
-def test_the_view_of_a_closed_route_is_of_no_use(guest: Guest) -> None:
+def test_the_view_of_a_closed_route_raises_closed_error(guest: Guest) -> None:
     route = guest.partition.new_irqfd_route()
     view = route.event
     route.close()
@@ -143,7 +137,7 @@ def test_a_view_keeps_its_route_alive(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("flags", [os.EFD_CLOEXEC, os.EFD_CLOEXEC | os.EFD_NONBLOCK], ids=["blocking", "non-blocking"])
-def test_a_callers_eventfd_raises_the_interrupts_of_its_route(guest: Guest, flags: int) -> None:
+def test_a_callers_eventfd_raises_the_interrupt_of_its_route(guest: Guest, flags: int) -> None:
     fd = os.eventfd(0, flags)
     try:
         with guest.partition.new_irqfd_route(event=fd) as route:
@@ -161,7 +155,7 @@ def test_a_callers_eventfd_raises_the_interrupts_of_its_route(guest: Guest, flag
 
 
 @pytest.mark.parametrize("armed", [False, True])
-def test_a_route_lives_on_when_the_caller_closes_its_eventfd(guest: Guest, armed: bool) -> None:
+def test_a_route_keeps_working_when_the_caller_closes_its_eventfd(guest: Guest, armed: bool) -> None:
     fd = os.eventfd(0, os.EFD_CLOEXEC)
     with guest.partition.new_irqfd_route(event=fd) as route:
         if armed:
@@ -177,7 +171,7 @@ def test_a_route_lives_on_when_the_caller_closes_its_eventfd(guest: Guest, armed
 
 
 def refused(guest: Guest, event: Any, error: type[Exception], words: str) -> None:
-    """Shows that an event is refused when it is brought, and that nothing comes of it."""
+    """Asserts that `new_irqfd_route()` refuses an event and changes nothing."""
     before = guest.partition.stats(), guest.partition.routes
     with pytest.raises(error, match=words):
         guest.partition.new_irqfd_route(event=event)
@@ -209,7 +203,7 @@ def test_an_eventfd_in_semaphore_mode_is_refused(guest: Guest) -> None:
 
 def test_a_closed_descriptor_is_refused(guest: Guest) -> None:
     fd = os.eventfd(0, os.EFD_CLOEXEC)
-    close_behind_its_back(fd)
+    close_as_someone_else(fd)
     with pytest.raises(IrqFdError, match=f"{fd}.*not open") as failed:
         guest.partition.new_irqfd_route(event=fd)
     assert failed.value.errno == errno.EBADF
@@ -222,13 +216,13 @@ def test_a_closed_descriptor_is_refused(guest: Guest) -> None:
     ("event", "error"),
     [("3", TypeError), (3.0, TypeError), (object(), TypeError), (-1, ValueError), (1 << 31, OverflowError)],
 )
-def test_what_is_no_descriptor_is_refused(guest: Guest, event: Any, error: type[Exception]) -> None:
+def test_an_invalid_descriptor_is_refused(guest: Guest, event: Any, error: type[Exception]) -> None:
     refused(guest, event, error, "descriptor")
     with pytest.raises(error):
         EventFd.from_fd(event)
 
 
-def test_an_object_whose_fileno_raises_passes_its_error_on(guest: Guest) -> None:
+def test_an_error_raised_by_fileno_reaches_the_caller(guest: Guest) -> None:
     closed = EventFd()
     closed.close()
     refused(guest, closed, ClosedError, "closed")
@@ -242,7 +236,7 @@ def test_an_eventfd_of_another_route_is_refused(guest: Guest, theirs: int) -> No
         still_works(guest)
 
 
-def test_an_eventfd_of_another_route_is_known_through_a_duplicate(guest: Guest, theirs: int) -> None:
+def test_a_duplicate_of_the_eventfd_of_another_route_is_refused(guest: Guest, theirs: int) -> None:
     with guest.partition.new_irqfd_route(event=theirs) as route:
         twin = os.dup(theirs)
         for event in (twin, route, route.event, route.fileno()):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from faults import Faults
 
 
-def test_faults_are_asked_for_by_call_errno_and_number(guest: Guest, faults: Faults) -> None:
+def test_a_fault_is_injected_by_call_errno_and_number(guest: Guest, faults: Faults) -> None:
     with guest.partition.new_irqfd_route() as route:
         faults.fail(guest.partition, "assign_irqfd", errno.EMFILE, after=1, times=2)
         faults.run(partial(route.set_msi, msi(0x41)))
@@ -32,9 +32,7 @@ def test_faults_are_asked_for_by_call_errno_and_number(guest: Guest, faults: Fau
     ("call", "number", "error"),
     [("open", errno.EIO, ValueError), ("assign_irqfd", 0, ValueError), ("assign_irqfd", "EIO", TypeError)],
 )
-def test_a_fault_that_makes_no_sense_is_refused(
-    simulated: SimulatedGuest, call: Any, number: Any, error: type[Exception]
-) -> None:
+def test_an_invalid_fault_is_refused(simulated: SimulatedGuest, call: Any, number: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         simulated.partition.fail(call, number)
     with pytest.raises(OverflowError):

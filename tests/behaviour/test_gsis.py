@@ -1,4 +1,4 @@
-"""GSIs: the order in which they are handed out, when they come back, and which ranges are refused."""
+"""GSIs: allocated lowest first, freed when their route is closed, and refused outside the kernel's range."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_closed_route_gives_its_gsi_back_and_the_lowest_goes_first(guest: Gues
         route.close()
 
 
-def test_running_out_of_gsis_is_an_error_until_one_comes_back(open_guest: Open) -> None:
+def test_running_out_of_gsis_is_an_error_until_a_route_is_closed(open_guest: Open) -> None:
     guest = open_guest(gsis=range(100, 103))
     routes = [guest.partition.new_irqfd_route() for _ in range(3)]
     with pytest.raises(GsiExhaustedError, match=r"3 GSIs \(100-102\)"):
@@ -100,7 +100,7 @@ def test_no_route_can_be_set_for_a_gsi_that_is_unallocated(guest: Guest) -> None
     still_works(guest)
 
 
-def test_a_route_that_is_gone_does_not_speak_for_the_next_one_with_its_gsi(guest: Guest) -> None:
+def test_a_closed_route_does_not_act_on_the_next_route_with_its_gsi(guest: Guest) -> None:
     old = guest.partition.new_irqfd_route()
     old.close()
     with guest.partition.new_irqfd_route() as new:

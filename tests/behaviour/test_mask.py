@@ -1,4 +1,4 @@
-"""Masking: sticky, restoring the last MSI, and keeping what is signalled meanwhile."""
+"""Masking: it is sticky, keeps signals pending, and restores the last MSI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MsiRoute and the other values: what they say, compare, refuse, and survive."""
+"""MsiRoute and the other value types: fields, equality, repr, validation, copying and pickling."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_value_survives_copying_and_pickling(value: Any) -> None:
     assert copy.deepcopy(value) == value
 
 
-def test_an_msi_shows_what_makes_it() -> None:
+def test_the_repr_of_an_msi_recreates_it() -> None:
     assert repr(MsiRoute(0xFEE01000, 0x41)) == "MsiRoute(address=0xfee01000, data=0x0041)"
     assert eval(repr(msi(0x41, 1))) == msi(0x41, 1)
     assert repr(RoutingEntry(24, 0xFEE00000, 0x41)) == "RoutingEntry(gsi=24, address=0xfee00000, data=0x0041)"
@@ -81,7 +81,7 @@ def test_an_msi_shows_what_makes_it() -> None:
         (0xFEE00000, 0x700),
     ],
 )
-def test_an_msi_at_the_edge_of_the_rules_is_taken(address: int, data: int) -> None:
+def test_an_msi_at_the_edge_of_the_rules_is_accepted(address: int, data: int) -> None:
     assert (MsiRoute(address, data).address, MsiRoute(address, data).data) == (address, data)
 
 
@@ -115,7 +115,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("address", "data", "error", "words"), REFUSED)
-def test_what_is_no_msi_is_refused_with_the_value_and_the_rule(
+def test_an_invalid_msi_is_refused_with_the_value_and_the_rule(
     address: Any, data: Any, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -123,7 +123,7 @@ def test_what_is_no_msi_is_refused_with_the_value_and_the_rule(
 
 
 @pytest.mark.parametrize(("address", "data", "error", "words"), REFUSED)
-def test_a_route_refuses_what_is_no_msi_before_any_ioctl(
+def test_a_route_refuses_an_invalid_msi_before_any_ioctl(
     guest: Guest, address: Any, data: Any, error: type[Exception], words: str
 ) -> None:
     with guest.partition.new_irqfd_route() as route:
@@ -149,12 +149,12 @@ def test_a_route_refuses_what_is_no_msi_before_any_ioctl(
         (0x41, 0.0, TypeError),
     ],
 )
-def test_fixed_refuses_what_no_apic_has(vector: Any, apic_id: Any, error: type[Exception]) -> None:
+def test_fixed_refuses_an_invalid_vector_or_apic_id(vector: Any, apic_id: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         MsiRoute.fixed(vector, apic_id)
 
 
-def test_an_msi_is_given_whole_or_as_address_and_data(simulated: Guest) -> None:
+def test_set_msi_takes_an_msi_or_an_address_and_data(simulated: Guest) -> None:
     set_msi: Any = simulated.partition.new_irqfd_route().set_msi
     for arguments in ((msi(0x41), 0x41), (0xFEE00000,), (), (None, None), ((0xFEE00000, 0x41),)):
         with pytest.raises(TypeError):
@@ -165,7 +165,7 @@ def test_an_msi_is_given_whole_or_as_address_and_data(simulated: Guest) -> None:
     route.close()
 
 
-def test_an_integer_may_be_any_object_that_is_one() -> None:
+def test_any_object_with_index_is_an_integer() -> None:
     class Index:
         def __init__(self, value: int) -> None:
             self.value = value

@@ -1,4 +1,4 @@
-"""A partition: opening, closing, what it says of itself, and what it refuses."""
+"""A partition: opening, closing, attributes, and refused arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Open = Callable[..., Guest]
 CLASSES = {"simulated": SimulatedPartition, "kvm": KvmPartition, "mshv": MshvPartition}
 
 
-def test_a_partition_says_what_it_is(backend: Backend, guest: Guest) -> None:
+def test_a_partition_has_the_class_and_quiescing_of_its_backend(backend: Backend, guest: Guest) -> None:
     partition = guest.partition
     assert type(partition) is CLASSES[backend.name]
     assert isinstance(partition, Partition)
@@ -63,7 +63,7 @@ def test_with_closes_a_partition_and_lets_the_exception_through(backend: Backend
     assert route.closed
 
 
-def test_nothing_of_a_closed_partition_is_left(backend: Backend) -> None:
+def test_a_closed_partition_leaves_no_descriptor_open(backend: Backend) -> None:
     before = open_files()
     with backend.open() as partition:
         routes = [partition.new_irqfd_route() for _ in range(16)]
@@ -91,7 +91,7 @@ def test_a_closed_partition_raises_closed_error(guest: Guest, use: Callable[[Par
         use(guest.partition)
 
 
-def test_a_closed_simulated_partition_tells_of_no_interrupts(simulated: SimulatedGuest) -> None:
+def test_a_closed_simulated_partition_refuses_interrupts_and_faults(simulated: SimulatedGuest) -> None:
     partition = simulated.partition
     partition.close()
     for use in (partition.take_interrupts, partition.settle, lambda: partition.fail("assign_irqfd", 5)):
@@ -111,7 +111,7 @@ def test_the_counts_begin_at_zero(guest: Guest) -> None:
     assert guest.partition.stats() == (0, 0, 0, 0, 0, 0)
 
 
-def test_partitions_do_not_meet(open_guest: Open) -> None:
+def test_partitions_are_independent(open_guest: Open) -> None:
     first, second = open_guest(), open_guest()
     one, other = first.partition.new_irqfd_route(), second.partition.new_irqfd_route()
     assert one.gsi == other.gsi
@@ -141,9 +141,7 @@ def test_auto_is_mshv_or_kvm_and_never_simulated(tmp_path: Path, device: str | N
 
 
 @pytest.mark.parametrize("name", ["mshv", "kvm"])
-def test_a_device_that_is_not_there_is_unavailable_and_says_what_to_do(
-    simulated: SimulatedGuest, tmp_path: Path, name: str
-) -> None:
+def test_a_missing_device_is_unavailable_with_a_hint(simulated: SimulatedGuest, tmp_path: Path, name: str) -> None:
     node = tmp_path / "absent"
     with pytest.raises(HypervisorUnavailableError, match=f"{node}.*no such device") as failed:
         open_partition(name, device=node)
@@ -164,10 +162,10 @@ def test_mshv_is_unavailable_where_its_device_is_missing() -> None:
 
 @pytest.mark.parametrize("name", ["mshv", "kvm"])
 @pytest.mark.parametrize("kind", ["null", "file", "directory", "socket", "eventfd"])
-def test_a_node_that_is_something_else_is_unavailable_and_says_so(
+def test_a_node_of_another_kind_is_unavailable_with_a_hint(
     simulated: SimulatedGuest, tmp_path: Path, name: str, kind: str
 ) -> None:
-    import socket  # noqa: PLC0415 - for one of the kinds
+    import socket  # noqa: PLC0415 - one test alone needs it
 
     node, event, listener = tmp_path / "node", os.eventfd(0), socket.socket(socket.AF_UNIX)
     match kind:
@@ -194,11 +192,11 @@ def test_a_node_that_is_something_else_is_unavailable_and_says_so(
 
 
 @pytest.mark.parametrize("name", ["mshv", "kvm"])
-def test_a_device_without_permission_is_unavailable_and_says_so(
+def test_a_device_without_permission_is_unavailable_and_the_error_says_so(
     simulated: SimulatedGuest, tmp_path: Path, name: str
 ) -> None:
     if os.getuid() != 0:
-        pytest.skip("needs root, to give root up in a child: run as root")
+        pytest.skip("needs root, to drop it in a child: run as root")
     node = tmp_path / "node"
     node.touch(mode=0)
 
@@ -231,7 +229,7 @@ def test_a_device_without_permission_is_unavailable_and_says_so(
         pytest.param({"backend": "simulated", "colour": 1}, TypeError, "colour", id="keyword"),
     ],
 )
-def test_an_argument_of_no_sense_is_refused(
+def test_an_invalid_argument_is_refused(
     simulated: SimulatedGuest, arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -239,13 +237,13 @@ def test_an_argument_of_no_sense_is_refused(
     still_works(simulated)
 
 
-def test_all_but_the_backend_is_given_by_name() -> None:
+def test_all_options_but_the_backend_are_keyword_only() -> None:
     wrong: Any = open_partition
     with pytest.raises(TypeError):
         wrong("simulated", None)
 
 
-def test_what_opening_refuses_leaves_nothing_open(backend: Backend) -> None:
+def test_a_refused_opening_leaves_no_descriptor_open(backend: Backend) -> None:
     before = open_files()
     for wrong in ({"gsis": range(0)}, {"vps": [255]}, {"gsis": range(24, 5000)}):
         with pytest.raises(ValueError):
@@ -257,7 +255,7 @@ def test_what_opening_refuses_leaves_nothing_open(backend: Backend) -> None:
     ("timeout", "error"),
     [(-1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError), (None, TypeError)],
 )
-def test_a_timeout_that_is_no_time_is_refused(simulated: SimulatedGuest, timeout: Any, error: type[Exception]) -> None:
+def test_an_invalid_timeout_is_refused(simulated: SimulatedGuest, timeout: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         simulated.partition.take_interrupts(timeout)
     still_works(simulated)
@@ -282,10 +280,10 @@ def test_taking_interrupts_keeps_their_order(simulated: SimulatedGuest) -> None:
         assert [interrupt.vector for interrupt in simulated.partition.take_interrupts()] == vectors
 
 
-def test_taking_with_a_timeout_comes_back_without_an_interrupt(backend: Backend, guest: Guest) -> None:
+def test_taking_interrupts_returns_after_the_timeout(backend: Backend, guest: Guest) -> None:
     partition = guest.partition
     if not isinstance(partition, SimulatedPartition | KvmPartition):
-        pytest.skip(f"{backend.name} does not tell which interrupts arrived")
+        pytest.skip(f"{backend.name} does not report interrupts")
     assert partition.take_interrupts(timeout=0.01) == []
 
 
@@ -313,7 +311,7 @@ with open_partition({name!r}) as partition:
         partition.new_irqfd_route(event=fd)
     except (IrqFdError, ValueError):
         pass
-    # What is there works: masked and unmasked, armed, closed and made again.
+    # The existing routes work: arming, closing, and a new route in place of a closed one.
     routes[0].set_msi(MsiRoute.fixed(0x41, 0))
     routes.pop().close()
     routes.append(partition.new_irqfd_route())
@@ -330,10 +328,10 @@ print("fine")
 """
 
 
-def test_running_out_of_descriptors_halfway_through_2048_routes_leaks_nothing_and_says_the_remedy(
+def test_running_out_of_descriptors_halfway_through_2048_routes_leaks_nothing_and_names_the_remedy(
     backend: Backend, guest: Guest
 ) -> None:
-    import resource  # noqa: PLC0415 - to tell whether the test can be made
+    import resource  # noqa: PLC0415 - one test alone needs it
 
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2200:
         pytest.skip("needs 2200 file descriptors: raise the hard limit (ulimit -Hn)")
@@ -342,7 +340,7 @@ def test_running_out_of_descriptors_halfway_through_2048_routes_leaks_nothing_an
     still_works(guest)
 
 
-def test_running_out_of_descriptors_at_opening_says_the_remedy(backend: Backend, guest: Guest) -> None:
+def test_running_out_of_descriptors_at_opening_names_the_remedy(backend: Backend, guest: Guest) -> None:
     code = f"""
 import errno, os, resource
 from mshv_irqfd import HypervisorUnavailableError, open_partition
@@ -369,9 +367,9 @@ for spare in range(3):
     still_works(guest)
 
 
-def test_where_there_is_no_proc_closing_gives_all_descriptors_back(backend: Backend) -> None:
+def test_without_proc_closing_releases_every_descriptor(backend: Backend) -> None:
     if os.geteuid() != 0:
-        pytest.skip("needs root, to start a program that has no /proc")
+        pytest.skip("needs root, to start a program without /proc: run as root")
     code = f"""
 import os
 from mshv_irqfd import MsiRoute, open_partition

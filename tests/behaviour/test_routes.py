@@ -1,4 +1,4 @@
-"""A route: what a signal becomes, and what the route says of itself."""
+"""A route: its interrupts, its attributes, and the routes beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_new_route_is_unmasked_and_has_no_msi(guest: Guest) -> None:
         assert not route.closed
 
 
-def test_a_signal_on_an_armed_route_is_its_interrupt(guest: Guest) -> None:
+def test_a_signal_on_an_armed_route_raises_its_interrupt(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(0xFEE00000, 0x41)
         assert (route.armed, route.msi) == (True, msi(0x41))
@@ -30,7 +30,7 @@ def test_a_signal_on_an_armed_route_is_its_interrupt(guest: Guest) -> None:
             guest.receives(msi(0x41))
 
 
-def test_whoever_has_the_eventfd_raises_the_interrupt(guest: Guest) -> None:
+def test_a_bare_write_to_the_eventfd_raises_the_interrupt(guest: Guest) -> None:
     import os  # noqa: PLC0415 - the point is the bare write
 
     with guest.partition.new_irqfd_route() as route:
@@ -82,7 +82,7 @@ def test_an_interrupt_arrives_as_the_msi_says(simulated: Guest, address: int, da
         simulated.receives(MsiRoute(address, data))
 
 
-def test_an_interrupt_says_all_that_its_backend_knows(backend: Backend, guest: Guest) -> None:
+def test_an_interrupt_has_all_the_fields_that_its_backend_knows(backend: Backend, guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         route.signal()
@@ -152,7 +152,7 @@ def test_with_closes_a_route_and_lets_the_exception_through(guest: Guest) -> Non
     assert guest.partition.gsi_state(24) is GsiState.UNALLOCATED
 
 
-def test_the_open_routes_are_listed_by_gsi_as_they_were_made(guest: Guest) -> None:
+def test_open_routes_are_listed_by_gsi_as_the_same_objects(guest: Guest) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(4)]
     routes[1].close()
     listed = guest.partition.routes
@@ -171,7 +171,7 @@ def test_a_route_refuses_attributes_that_it_does_not_have(simulated: Guest) -> N
                 setattr(wrong, name, 1)
 
 
-def test_a_route_shows_its_gsi_state_msi_and_what_is_pending(simulated: Guest) -> None:
+def test_the_repr_of_a_route_shows_gsi_state_msi_and_pending(simulated: Guest) -> None:
     route = simulated.partition.new_irqfd_route()
     assert repr(route) == "<IrqFdRoute gsi=24 DISABLED no MSI>"
     route.signal()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from backends import Backend, Guest
 
 
-def test_what_was_pushed_is_counted_with_the_pins_of_kvm(backend: Backend, guest: Guest) -> None:
+def test_pushed_entries_are_counted_with_the_pins_of_kvm(backend: Backend, guest: Guest) -> None:
     pins = 40 if backend.name == "kvm" else 0
     first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     with counting(guest.partition) as delta:
@@ -21,7 +21,7 @@ def test_what_was_pushed_is_counted_with_the_pins_of_kvm(backend: Backend, guest
     second.close()
 
 
-def test_the_table_is_by_gsi(guest: Guest) -> None:
+def test_the_table_is_sorted_by_gsi(guest: Guest) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(20)]
     for route in reversed(routes):
         route.set_msi(msi(0x40 + route.gsi))

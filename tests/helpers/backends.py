@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAMES = ("simulated", "kvm", "mshv")
 
 SELECTION = "MSHV_IRQFD_BACKENDS"
-"""The environment variable that names the backends to run on, with commas between; these may not be skipped then."""
+"""The environment variable that lists the backends to run on, with commas between. A listed one is never skipped."""
 
 KVM_IRQFD = 0x4020AE76
 KVM_IRQFD_FLAG_DEASSIGN = 1
@@ -43,21 +43,20 @@ def required(name: str) -> bool:
 
 
 def unavailable(name: str) -> str | None:
-    """Why a backend can't be tested here and what would help; None if it can."""
+    """The reason why a backend can't be tested here, with the remedy; None if it can."""
     if name == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "needs /dev/kvm and access to it: turn virtualization on, load kvm_intel or kvm_amd, join group kvm"
     if name == "mshv" and not Path("/dev/mshv").exists():
         return "needs /dev/mshv: run `make lab`"
     if name == "mshv" and not Path("/dev/hvstub").exists():
-        return "needs /dev/hvstub, which tells what arrived: run `make lab`"
+        return "needs /dev/hvstub, which reports the interrupts: run `make lab`"
     return None
 
 
 class Guest(ABC):
     """A partition, and the interrupts that arrive in it.
 
-    Where arrivals are counted they are compared one by one, with all their fields; elsewhere only which vectors
-    arrived is known.
+    Where interrupts are counted, each is compared in all its fields. Elsewhere only the set of vectors is known.
     """
 
     counted = True
@@ -67,27 +66,27 @@ class Guest(ABC):
 
     @abstractmethod
     def arrived(self) -> list[Interrupt]:
-        """Takes all that has arrived, behind a fence: what was signalled or armed before the call is in it.
+        """Takes all interrupts so far, behind a fence: those of every signal and arming before the call are among them.
 
         Nothing else may use the partition meanwhile.
         """
 
     def poll(self) -> list[Interrupt]:
-        """Takes what has arrived so far, while others use the partition and one interrupt at most is outstanding."""
+        """Takes the interrupts so far, without the fence. For use while other threads change the partition."""
         return self.arrived()
 
-    def reaches(self, msi: MsiRoute) -> bool:  # noqa: ARG002 - what is asked of a hypervisor is seen, whatever it is
-        """Whether an interrupt is seen to arrive."""
+    def reaches(self, msi: MsiRoute) -> bool:  # noqa: ARG002 - a subclass looks at it
+        """Whether the guest shows the interrupt of an MSI."""
         return True
 
     def receives(self, *expected: MsiRoute) -> None:
-        """Asserts that these interrupts and no others arrived since the last look."""
+        """Asserts that exactly these interrupts have arrived since the last call."""
         assert self._told(self.arrived()) == self._told(map(_interrupt, expected))
 
     def gets(self, expected: MsiRoute, *, once: bool = True) -> None:
-        """Waits for this interrupt, and asserts that no other comes with it. Leaves what is armed alone.
+        """Waits for this interrupt, and asserts that no other comes with it. Does not touch armed irqfds.
 
-        Not `once` if the signal may have overlapped an arming, and then may be delivered twice.
+        Pass `once=False` if the signal may overlap an arming, and so may be delivered twice.
         """
         arrived: list[Interrupt] = []
 
@@ -100,7 +99,7 @@ class Guest(ABC):
         assert told == wanted if once else set(told) == set(wanted)
 
     def receives_nothing(self) -> None:
-        """Asserts that no interrupt arrived since the last look."""
+        """Asserts that no interrupt has arrived since the last call."""
         self.receives()
 
     def _told(self, interrupts: Iterable[Interrupt]) -> Counter[Interrupt]:
@@ -109,7 +108,7 @@ class Guest(ABC):
         return Counter({Interrupt(interrupt.vector) for interrupt in interrupts})
 
     def close(self) -> None:
-        """Closes the routes, which ends all that is under way, and asserts that nothing has come unlooked for."""
+        """Closes the routes, which flushes interrupts in flight, and asserts that no unexpected one arrived."""
         if not self.partition.closed:
             for route in self.partition.routes:
                 route.close()
@@ -130,10 +129,10 @@ class SimulatedGuest(Guest):
 
 
 class KvmGuest(Guest):
-    """What waits in the local APICs.
+    """A guest of KVM: its interrupts are the vectors in the local APICs.
 
-    KVM injects from a work item where a signal was pending at arming, or can't be answered at once. Disarming flushes
-    that, so the fence takes each armed irqfd away and gives it back, behind the back of the partition under test.
+    KVM injects from a work item if a signal was pending at arming or can't be injected at once. Disarming flushes that
+    work, so the fence disarms each armed irqfd and arms it again by bare ioctls, which the partition does not see.
     """
 
     counted = False
@@ -149,7 +148,7 @@ class KvmGuest(Guest):
         vps = self.partition.vps
         if not vps:
             return []
-        # The sentinel shows that what is read is what arrives: it is in the IRR when the ioctl returns.
+        # The sentinel proves that the IRR is read: it is there when the ioctl returns.
         msi = MsiRoute.fixed(self.SENTINEL, vps[0])
         fcntl.ioctl(vm, KVM_SIGNAL_MSI, struct.pack("IIII16x", msi.address, 0, msi.data, 0))
         arrived = self.partition.take_interrupts()
@@ -160,22 +159,22 @@ class KvmGuest(Guest):
         return self.partition.take_interrupts()
 
     def reaches(self, msi: MsiRoute) -> bool:
-        """Only a VP that is there has a local APIC to look at, and none was given a logical id."""
+        """Only an existing VP has a local APIC to read, and no VP has a logical id."""
         return not msi.logical and msi.destination in (self.partition.vps or ())
 
 
 class MshvGuest(Guest):
-    """What the driver asks the lab's stand-in hypervisor to assert, which it does before a write or an ioctl returns.
+    """A guest of mshv: its interrupts are those that the driver asks the lab's stand-in hypervisor to assert.
 
-    Under the root scheduler the driver may put a vector into a VP's register page instead: there the vector is
-    all that is known, once however often it came.
+    The driver does so before a write or an ioctl returns. Under the root scheduler it may put the vector into a VP's
+    register page instead, which shows the vector alone, and once however often it came.
     """
 
     _stub: HvStub | None = None
     _taken: dict[int, list[Interrupt]] = {}  # noqa: RUF012 - the stand-in has one buffer for all partitions
 
     def __init__(self, partition: Partition) -> None:
-        import hvstub  # noqa: PLC0415 - its device is there in the lab only
+        import hvstub  # noqa: PLC0415 - its device exists in the lab only
 
         super().__init__(partition)
         if MshvGuest._stub is None:
@@ -200,7 +199,7 @@ GUESTS: dict[str, type[Guest]] = {"simulated": SimulatedGuest, "kvm": KvmGuest, 
 
 
 class Backend:
-    """A hypervisor that is there."""
+    """A hypervisor that this machine has."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -210,7 +209,7 @@ class Backend:
 
     @property
     def quiesces(self) -> bool:
-        """Whether irqfds are disarmed around pushes unless the caller says otherwise."""
+        """Whether pushes are quiesced by default."""
         return self.name != "kvm"
 
     @property
@@ -225,7 +224,7 @@ class Backend:
 
 
 def close_all(guests: Iterable[Guest]) -> None:
-    """Closes guests, all of them even if some received what they should not."""
+    """Closes all guests, even if some received unexpected interrupts."""
     errors = []
     for guest in guests:
         try:

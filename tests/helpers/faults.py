@@ -1,8 +1,8 @@
-"""Calls into a kernel that fail as they are told to: the simulated kernel's own faults, and a real kernel's ioctls.
+"""Fault injection: the faults of the simulated kernel, and failing ioctls on a real one.
 
-A real kernel's ioctls are held up by a seccomp filter (SECCOMP_RET_USER_NOTIF, seccomp_unotify(2)) and let go on, or
-answered with an errno before the driver sees them. A filter can't be taken off a thread, so there is a thread for it,
-which ends with the faults; a second thread, free of it, decides. Needs Linux 5.19 and no privilege.
+A seccomp filter (SECCOMP_RET_USER_NOTIF, seccomp_unotify(2)) stops each ioctl, and a supervisor lets it continue or
+fails it with an errno before the driver sees it. A filter can't be removed from a thread, so the calls run in a thread
+of their own, and a second thread, which has no filter, supervises. Needs Linux 5.19 and no privilege.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ Call = Literal["set_msi_routing", "assign_irqfd", "deassign_irqfd"]
 CALLS: tuple[Call, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
 
 tried: Counter[tuple[str, str]] = Counter()
-"""How many failures of which kind were tried on which backend, for the summary."""
+"""The number of injected failures by backend and kind, for the summary."""
 
 
 class Faults(ABC):
-    """Calls that are to fail."""
+    """Faults of one backend: calls that fail on demand."""
 
     @abstractmethod
     def fail(self, partition: Partition, call: Call, number: int, *, after: int = 0, times: int = 1) -> None:
         """Makes `times` calls of a kind fail with an errno, after letting `after` of them through.
 
-        Faults of one kind are used up in the order in which they were asked for.
+        Faults of one kind are used up in the order in which they are injected.
         """
 
     @abstractmethod
     def clear(self) -> None:
-        """Forgets what was asked of partitions that are closed."""
+        """Removes the faults of closed partitions."""
 
     @abstractmethod
     def run(self, function: Callable[[], T]) -> T:
-        """Runs a function where calls fail."""
+        """Runs a function with the faults in force."""
 
     def __enter__(self) -> Self:
         return self
@@ -66,11 +66,11 @@ class Faults(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Ends with the threads that it needed."""
+        """Ends the threads of the faults."""
 
 
 class SimulatedFaults(Faults):
-    """Those of simulated partitions, with which they go."""
+    """Faults of simulated partitions, which keep them themselves."""
 
     def fail(self, partition: Partition, call: Call, number: int, *, after: int = 0, times: int = 1) -> None:
         assert isinstance(partition, SimulatedPartition)
@@ -99,12 +99,12 @@ KINDS = {
     MSHV_CREATE_VP: "create_vp",
 }
 FLAGS = {KVM_IRQFD: 8, MSHV_IRQFD: 12}
-"""Where the flags stand in the argument of an irqfd ioctl. Of both kernels the lowest says: deassign."""
+"""The offset of the flags in the argument of an irqfd ioctl. On both kernels bit 0 means deassign."""
 
 SYS_SECCOMP, SYS_IOCTL = 317, 16
 PR_SET_NO_NEW_PRIVS = 38
 SECCOMP_SET_MODE_FILTER = 1
-# Not to be interrupted by a signal once the call is held up, which would make it twice.
+# A signal must not interrupt a stopped call, which would then be made twice.
 SECCOMP_FILTER_FLAGS = 1 << 3 | 1 << 5  # NEW_LISTENER, WAIT_KILLABLE_RECV
 SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND = 0xC0502100, 0xC0182101
 SECCOMP_USER_NOTIF_FLAG_CONTINUE = 1
@@ -116,7 +116,7 @@ FILTER = b"".join(
     for instruction in (
         (LOAD, 0, 0, 0),  # the number of the system call
         (IF_EQUAL, 0, 4, SYS_IOCTL),
-        (LOAD, 0, 0, 24),  # the ioctl's number, of which the second byte says whose it is
+        (LOAD, 0, 0, 24),  # the ioctl's number, whose second byte names the driver
         (AND, 0, 0, 0xFF00),
         (IF_EQUAL, 2, 0, 0xAE00),  # KVM
         (IF_EQUAL, 1, 0, 0xB800),  # mshv
@@ -131,7 +131,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter_this_thread() -> int:
-    """Holds up this thread's ioctls from now on. Returns the descriptor on which they are told."""
+    """Stops this thread's ioctls from now on. Returns the descriptor that reports them."""
     libc = ctypes.CDLL(None, use_errno=True)
     program = _Program(len(FILTER) // 8, FILTER)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
@@ -151,10 +151,10 @@ class _Fault:
 
 
 class KernelFaults(Faults):
-    """Those of the ioctls of KVM and mshv that `run` makes, and the threads that it starts, one at a time.
+    """Faults of the ioctls of KVM and mshv that `run` makes, and the threads that it starts, one at a time.
 
-    Their kinds: those of a simulated partition's calls; "create_vp" for each call that making a VP takes; "ioctl" for
-    any at all.
+    The kinds are those of a simulated partition, "create_vp" for each ioctl that creating a VP takes, and "ioctl" for
+    any ioctl.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class KernelFaults(Faults):
         self._supervisor.join()
 
     def _supervise(self) -> None:
-        """Answers until no thread is left that has the filter."""
+        """Decides on each stopped ioctl until no thread with the filter is left."""
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         try:
@@ -201,10 +201,10 @@ class KernelFaults(Faults):
             os.close(self._listener)
 
     def _strikes(self, request: int, argument: int) -> int:
-        """The errno with which an ioctl is to fail; 0 if it is not."""
+        """The errno for an ioctl that must fail; 0 to let it continue."""
         kind = KINDS.get(request)
         if request in FLAGS:
-            # The caller waits in the system call, so its argument is there.
+            # The caller is stopped in the system call, so its argument is still in memory.
             flags = ctypes.c_uint32.from_address(argument + FLAGS[request]).value
             kind = "deassign_irqfd" if flags & 1 else "assign_irqfd"
         for fault in self._faults:
@@ -218,15 +218,17 @@ class KernelFaults(Faults):
 
 
 def unavailable() -> str | None:
-    """Why ioctls can't be made to fail here; None if they can."""
+    """The reason why ioctls can't be made to fail here; None if they can."""
     try:
         KernelFaults().close()
     except OSError as error:
-        missing = "CONFIG_SECCOMP_FILTER" if error.errno in (errno.ENOSYS, errno.EINVAL) else "leave to use seccomp"
+        missing = (
+            "CONFIG_SECCOMP_FILTER" if error.errno in (errno.ENOSYS, errno.EINVAL) else "permission to use seccomp"
+        )
         return f"needs Linux 5.19 with {missing} to make ioctls fail: {error}"
     return None
 
 
 def of(name: str) -> Faults:
-    """Faults of a backend's calls."""
+    """The fault injection of a backend."""
     return SimulatedFaults() if name == "simulated" else KernelFaults()

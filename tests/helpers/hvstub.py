@@ -1,4 +1,4 @@
-"""The lab's stand-in hypervisor (/dev/hvstub, lab/hvstub.c) as tests see it: what it was asked for, and its faults."""
+"""The lab's stand-in hypervisor (/dev/hvstub, lab/hvstub.c) in Python: its records, its counters, and its faults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEVICE: Final = "/dev/hvstub"
 AVAILABLE: Final = Path(DEVICE).exists()
 UNAVAILABLE: Final = f"no {DEVICE}: run under lab/run, which boots a kernel that has it"
 
-ANY: Final = 0  # a fault that strikes hypercalls of every kind
+ANY: Final = 0  # a fault of hypercalls of every kind
 ROOT_PARTITION: Final = 1
 
 _RECORD = struct.Struct("=QQQII")
@@ -93,7 +93,7 @@ class Status(enum.IntEnum):
 
 
 class Scheduler(enum.IntEnum):
-    """What the driver was told at boot; on ROOT its fast path puts vectors into register pages instead of asserting."""
+    """The scheduler type of this boot. On ROOT the driver's fast path puts vectors into register pages."""
 
     LP = 1
     LP_SMT = 2
@@ -116,7 +116,7 @@ class Asserted:
 
 @dataclass(frozen=True)
 class Counters:
-    """What the stand-in holds; the fields of `struct hvstub_state` in lab/hvstub.c, explained there."""
+    """The stand-in's counters: the fields of `struct hvstub_state` in lab/hvstub.c, explained there."""
 
     scheduler: int
     hypercalls: int
@@ -133,9 +133,9 @@ class Counters:
 
     @property
     def held(self) -> tuple[int, ...]:
-        """What must be as before once every partition that came is gone again.
+        """The counters that return to their old values when every new partition is gone.
 
-        The root's own pages are not among it: the driver deposits some when they run short, and keeps them there.
+        The root's own pages are not among them: the driver deposits some when they run short, and leaves them there.
         """
         return (
             self.partitions,
@@ -150,7 +150,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Fault:
-    """The fault asked for last: `seen` such hypercalls came, the last of them failed if `injected`."""
+    """The latest fault: the hypercalls of its kind so far (`seen`), and whether one has failed (`injected`)."""
 
     code: int
     status: int
@@ -161,7 +161,7 @@ class Fault:
 
 @dataclass
 class Outcome:
-    """What became of a fault that was asked for over a block; known when the block has ended."""
+    """The outcome of a fault that was set for a block; known when the block has ended."""
 
     injected: bool = False
     seen: int = 0  # hypercalls of its kind, the one that failed included
@@ -179,7 +179,7 @@ class HvStub:
     """The lab's stand-in hypervisor.
 
     There is one, and one buffer of interrupts for all partitions: keep one reader, and tell partitions apart by
-    `partition_id`. Opening discards the interrupts that nobody took.
+    `partition_id`. Opening discards the interrupts recorded before.
     """
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class HvStub:
         self.close()
 
     def close(self) -> None:
-        """Closes the device and ends a fault asked for here. Twice is fine."""
+        """Closes the device, which ends a fault set through it. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -203,9 +203,9 @@ class HvStub:
         return self._fd
 
     def take(self, timeout: float = 0.0) -> list[Asserted]:
-        """All interrupts asserted and not taken yet, in order; waits up to `timeout` seconds for the first.
+        """Takes all interrupts asserted and not taken yet, in order; waits up to `timeout` seconds for the first.
 
-        Raises InterruptsLostError once where some are missing. The device is read until it is empty, so under
+        Raises InterruptsLostError once for each gap. The device is read until it is empty, so under
         a steady stream of signals this returns late: read from a thread then, or stop the signals first.
         """
         if timeout > 0:
@@ -246,7 +246,7 @@ class HvStub:
         return taken
 
     def discard(self) -> None:
-        """Forgets the interrupts not taken yet, lost ones included."""
+        """Discards the interrupts not taken yet, lost ones included."""
         while True:
             try:
                 os.read(self._fd, _READ_SIZE)
@@ -257,29 +257,29 @@ class HvStub:
                     raise
 
     def counters(self) -> Counters:
-        """What exists in the stand-in now."""
+        """The counters as they are now."""
         return Counters(*_STATE.unpack(self._call(_GET_STATE, bytes(_STATE.size))))
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler that this boot plays."""
+        """The scheduler type of this boot."""
         return Scheduler(self.counters().scheduler)
 
     def fail(self, code: int, status: int = Status.OPERATION_FAILED, nth: int = 1) -> None:
         """Makes the nth hypercall of kind `code` (or ANY) from now on fail with `status`, once.
 
-        Replaces a fault asked for before.
+        Replaces an earlier fault.
         """
         self._call(_SET_FAIL, _FAIL.pack(code, status, nth))
 
     def heal(self) -> Fault:
-        """Ends the fault asked for last and returns how it went."""
+        """Ends the latest fault and returns its state."""
         fault = self.fault()
         self._call(_SET_FAIL, _FAIL.pack(0, 0, 0))
         return fault
 
     def fault(self) -> Fault:
-        """How the fault asked for last goes."""
+        """The state of the latest fault."""
         code, status, nth, seen, injected = _FAULT.unpack(self._call(_GET_FAULT, bytes(_FAULT.size)))
         return Fault(code, status, nth, seen, bool(injected))
 
@@ -307,7 +307,7 @@ class HvStub:
         return vectors[:count]
 
     def fire_doorbell(self, partition_id: int, gpa: int, value: int = 0, size: int = 4) -> int:
-        """A guest's write of `size` bytes to `gpa`: how many doorbells it rang; they have rung on return."""
+        """Writes `size` bytes to `gpa` as a guest does. Returns the number of doorbells that it rang."""
         written = _WRITE.unpack(self._call(_GUEST_WRITE, _WRITE.pack(partition_id, gpa, value, size, 0)))
         return int(written[4])
 
@@ -333,9 +333,9 @@ def _address(buffer: bytearray) -> int:
 def kernel_allocation_fails(nth: int) -> Iterator[Outcome]:
     """Makes the nth kernel allocation by this thread fail, once, from here to the end of the block.
 
-    In a loop over nth from 1 up, the first round with `injected` False has seen every allocation. All that the thread
-    does counts, so the block should hold little else than the call meant. Only under lab/run, which lifts the
-    exemption that allocations which may sleep have by default (failslab/ignore-gfp-wait in debugfs).
+    In a loop over nth from 1 up, the first round with `injected` False has seen every allocation. Everything
+    that the thread does counts, so the block should hold little but the call under test. Only under lab/run, which
+    lifts the exemption that allocations which may sleep have by default (failslab/ignore-gfp-wait in debugfs).
     """
     outcome = Outcome()
     fd = os.open("/proc/thread-self/fail-nth", os.O_RDWR | os.O_CLOEXEC)

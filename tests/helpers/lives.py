@@ -1,6 +1,6 @@
-"""Lives that partitions lead, from opening to the end, each of another kind.
+"""Whole lives of partitions, from opening to closing, each of another kind.
 
-As a program, leads all of them and some more under a memory checker: `make memcheck`.
+As a program it runs all of them and some more; `make memcheck` runs it under valgrind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The steps that the model test makes, on a partition and on the model of it, and the comparison after each."""
+"""The steps of the model test: each changes a partition and its model alike, and then compares the two."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ Action = Literal["set_msi", "clear_msi", "mask", "unmask"]
 
 FAILURE = st.tuples(st.sampled_from(CALLS), st.integers(0, 3), st.integers(1, 3))
 FAILURES: st.SearchStrategy[list[tuple[Call, int, int]]] = st.one_of(
-    # Few at a time: where most steps fail, all routes are broken soon, and nothing is left to try.
+    # Few at a time: if most steps fail, all routes are soon broken, and nothing is left to try.
     st.just([]),
     st.just([]),
     st.just([]),
     FAILURE.map(lambda one: [(*one[:2], 1)]),
     st.lists(FAILURE, min_size=2, max_size=3),
 )
-"""Which calls are to fail: after how many of their kind, and how many then."""
+"""Faults: the call, the number of calls that succeed before, and the number of calls that fail."""
 
 FIRST_GSI = 24
 KEPT = {200: MsiRoute.fixed(0xC8, 0)}
@@ -62,7 +62,7 @@ FULL = 2**64 - 2
 
 
 def msi_of(gsi: int, number: int) -> MsiRoute:
-    """One of eight MSIs that no other GSI has: most to VP 0, two to VPs that come later if at all, one logical."""
+    """One of eight MSIs that no other GSI has: most to VP 0, two to VPs that may be created later, one logical."""
     vector = 0x20 + 8 * (gsi - FIRST_GSI) + number
     data = {3: 0x100, 4: 0xC000}.get(number, 0)  # lowest priority; level-triggered
     address = {5: 0x4 | 1 << 12, 6: 1 << 12, 7: 5 << 12}.get(number, 0)  # logical; physical
@@ -74,7 +74,7 @@ def gsi_of(vector: int) -> int:
 
 
 class AdoptedGuest(KvmGuest):
-    """A VM of KVM that was made without the package, and adopted."""
+    """An adopted VM of KVM."""
 
     def __init__(self, vm: KvmVm, partition: Partition) -> None:
         super().__init__(partition)
@@ -92,7 +92,7 @@ class AdoptedGuest(KvmGuest):
 
 
 class Options(NamedTuple):
-    """How a partition is opened."""
+    """The options of a partition."""
 
     quiesce: bool | None = None
     size: int = 1
@@ -100,12 +100,12 @@ class Options(NamedTuple):
 
 
 def at_times(self: Machine) -> bool:
-    """Lets a rule be chosen at few moments, so that most steps change and signal routes, of which some are armed."""
+    """Makes a rule rare, so that most steps change and signal routes, and some routes are armed."""
     return len(self.script) % 8 == 0
 
 
 def step(function: Callable[P, None]) -> Callable[P, None]:
-    """Logs a step as a line of a script, makes it, and compares everything."""
+    """Records a step as a line of a script, makes it, and compares everything."""
 
     @functools.wraps(function)
     def logged(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -117,7 +117,7 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
             machine.faults.run(functools.partial(function, *args, **kwargs))
             machine.compare()
         except Exception as error:
-            error.add_note("A script that replays this, to be run in tests/helpers:\n" + "\n".join(machine.script))
+            error.add_note("A script that replays this, to run in tests/helpers:\n" + "\n".join(machine.script))
             raise
         Machine.steps += 1
 
@@ -125,7 +125,7 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
 
 
 class Machine(RuleBasedStateMachine):
-    """A partition, the model of it, and steps that are made on both."""
+    """A partition, its model, and the steps that change both."""
 
     runs = steps = failed = races = 0
 
@@ -139,13 +139,13 @@ class Machine(RuleBasedStateMachine):
         self.handles: list[tuple[IrqFdRoute, model.Route]] = []
         self.closed: list[IrqFdRoute] = []
         self.events: dict[int, model.Event] = {}
-        """The caller's eventfds, which outlive the routes that have duplicates of them."""
+        """The caller's eventfds, which outlive their routes."""
         self.owed = 0
-        """Failures that were asked for and have not struck."""
+        """The number of faults that have not struck yet."""
         self.epoll: tuple[int, set[int]] | None = None
         self.open_partition()
 
-    # Setting the scene
+    # Opening and closing
 
     def open_partition(self) -> None:
         quiesce, size, any_vp = self.options
@@ -178,9 +178,9 @@ class Machine(RuleBasedStateMachine):
     )
     @step
     def begin(self, quiesce: bool | None, size: int, any_vp: bool, routes: int) -> None:
-        """A partition with these options and some routes, instead of the one that it started with."""
+        """Opens a partition with these options and some routes in place of the first one."""
         if isinstance(self.guest, MshvGuest):
-            # Without quiescing the driver tears signals that overlap a push. Missing VPs end the root scheduler's host.
+            # Without quiescing a push tears signals that overlap it. A missing VP crashes the root scheduler's host.
             quiesce, any_vp = None, any_vp and not self.guest.root
         self.options = Options(quiesce, size, any_vp)
         self.end_partition()
@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     @step
     def start_anew(self) -> None:
-        """Closing a partition closes its routes, and the caller's eventfds go on."""
+        """Closing a partition closes its routes; the caller's eventfds stay open."""
         self.end_partition()
         self.compare_events()
         self.open_partition()
@@ -278,7 +278,7 @@ class Machine(RuleBasedStateMachine):
     @rule(index=st.sampled_from([1, 5]), failing=st.none() | st.integers(0, 2))
     @step
     def create_vp(self, index: int, failing: int | None) -> None:
-        """A VP comes, unless a call that it takes fails: then it can be tried again."""
+        """Creates a VP. If one of its ioctls fails, a later step can try again."""
         if self.name == "adopted" or index in self.model.vps:
             with pytest.raises(ValueError, match="VP"):
                 self.partition.create_vp(index)
@@ -296,7 +296,7 @@ class Machine(RuleBasedStateMachine):
             self.model.vps.add(index)
 
     def let_fail(self, failures: list[tuple[Call, int, int]]) -> None:
-        """Lets calls fail, in this step or, if it makes too few of them, in a later one."""
+        """Injects faults, which strike in this step or, if it makes too few calls, in a later one."""
         for call, after, times in failures:
             self.faults.fail(self.partition, call, errno.ENOMEM, after=after, times=times)
             self.owed += times
@@ -313,7 +313,7 @@ class Machine(RuleBasedStateMachine):
     def change(
         self, number: int, action: Action, msi: int, racing: bool, failures: list[tuple[Call, int, int]]
     ) -> None:
-        """One route is changed, while a thread signals it or not."""
+        """Changes one route, with or without a thread that signals it."""
         self.let_fail(failures)
         handle, route = self.pick(number)
         target = msi_of(route.gsi, msi)
@@ -336,7 +336,7 @@ class Machine(RuleBasedStateMachine):
     )
     @step
     def commit(self, edits: list[tuple[int, Action, int]], racing: bool, failures: list[tuple[Call, int, int]]) -> None:
-        """Some routes are changed in a batch, while a thread signals one of them or not."""
+        """Changes some routes in a batch, with or without a thread that signals one of them."""
         self.try_batch(edits, failures, racing=racing)
 
     @precondition(lambda self: len(self.handles) > 1)
@@ -348,7 +348,7 @@ class Machine(RuleBasedStateMachine):
     )
     @step
     def commit_to_all(self, action: Action, msi: int, racing: bool, failures: list[tuple[Call, int, int]]) -> None:
-        """The same is asked of all routes, so that one that fails has others before it to be undone."""
+        """Makes the same change to all routes, so that a failure has earlier changes to roll back."""
         self.try_batch([(number, action, msi) for number in range(len(self.handles))], failures, racing=racing)
 
     def try_batch(
@@ -367,7 +367,7 @@ class Machine(RuleBasedStateMachine):
             batch.commit()
 
     def try_changes(self, changes: list[model.Change], change: Callable[[], None], racing: IrqFdRoute | None) -> None:
-        """Makes changes on both sides, and tells the model how they went."""
+        """Makes changes to the partition, and to the model by their outcome."""
         before = {route: route.msi for _, route in self.handles}
         struck_before, signaller = self.failures, None
         if racing is not None:
@@ -390,15 +390,15 @@ class Machine(RuleBasedStateMachine):
                 if one.msi is not None:
                     one.route.asked.add(one.msi)
             if failed:
-                assert struck > 0, "it raised although no call had failed"
+                assert struck > 0, "an error was raised, but no call failed"
                 self.model.fail(changes)
                 self.take_over_failure(changes, before, struck)
             else:
-                others = [*self.model.broken, *(route for _, route in self.handles if route.lapsed)]
-                assert struck == 0 or others, "a call failed, and it did not raise"
-                lapsed = [route for _, route in self.handles if route.lapsed]
+                others = [*self.model.broken, *(route for _, route in self.handles if route.waits_to_be_rearmed)]
+                assert struck == 0 or others, "a call failed, but no error was raised"
+                waiting = [route for _, route in self.handles if route.waits_to_be_rearmed]
                 self.model.succeed(changes, struck)
-                self.take_over_lapsed(lapsed)
+                self.take_over_rearmed(waiting)
         if signaller is not None:
             signaller.join()
             route = next(route for handle, route in self.handles if handle is racing)
@@ -408,39 +408,39 @@ class Machine(RuleBasedStateMachine):
     def take_over_failure(
         self, changes: list[model.Change], before: dict[model.Route, MsiRoute | None], struck: int
     ) -> None:
-        """A single failure leaves all as it was. If the way back failed too, some are broken or not armed again."""
+        """One failure changes nothing. If the rollback fails too, routes are broken or waiting to be re-armed."""
         changed = [change.route for change in changes]
         for handle, route in self.handles:
             assert (handle.msi, handle.masked) == (before[route], route.masked)
             if handle.state is GsiState.BROKEN and not route.broken:
-                assert struck > 1, "a route broke although the way back was free"
-                assert route in changed, "a route broke that nothing was asked of"
+                assert struck > 1, "a route is broken, but the rollback did not fail"
+                assert route in changed, "a route outside the change is broken"
                 self.model.give_up(route)
                 route.event.pending = None
             elif route.armed and not handle.armed:
-                assert struck > 1, "a route was not armed again although the way back was free"
-                route.lapsed = True
-            elif route.lapsed and handle.armed:
-                # An earlier failure had left it disarmed, and this call came right as far as it was concerned.
+                assert struck > 1, "a route is not armed again, but the rollback did not fail"
+                route.waits_to_be_rearmed = True
+            elif route.waits_to_be_rearmed and handle.armed:
+                # It was waiting to be re-armed, and this call armed it before the rollback.
                 assert route in changed
-                route.lapsed = False
+                route.waits_to_be_rearmed = False
                 route.event.drained()
-        # An inert entry may stay, and an old inert one may have gone.
+        # An inert entry may stay, and an older inert entry may be gone.
         seen = self.table()
         for gsi, msi in seen.items():
             asked = {change.wanted for change in changes if change.route.gsi == gsi}
             known = {self.model.table.get(gsi), self.model.entries.get(gsi)} | asked
-            assert gsi in self.model.broken or msi in known, f"nobody asked for an entry {msi} of GSI {gsi}"
+            assert gsi in self.model.broken or msi in known, f"bogus entry {msi} of GSI {gsi}"
         for route in self.model.routes.values():
             assert not route.armed or seen.get(route.gsi) == route.msi, f"{route} is armed and not routed"
         self.model.table = seen
         self.model.pushes = self.partition.stats().pushes
 
-    def take_over_lapsed(self, lapsed: list[model.Route]) -> None:
-        """A route that an earlier failure left disarmed is armed with the next push, if that can be done."""
+    def take_over_rearmed(self, waiting: list[model.Route]) -> None:
+        """The next push arms a route that is waiting to be re-armed, if it can."""
         for handle, route in self.handles:
-            if route in lapsed and route.lapsed and handle.armed:
-                route.lapsed = False
+            if route in waiting and route.waits_to_be_rearmed and handle.armed:
+                route.waits_to_be_rearmed = False
                 route.event.drained()
 
     @precondition(lambda self: self.handles)
@@ -450,7 +450,7 @@ class Machine(RuleBasedStateMachine):
     )
     @step
     def signal(self, number: int, how: str) -> None:
-        """A signal while nothing else happens."""
+        """Signals a route while nothing else happens."""
         handle, route = self.pick(number)
         fds = [fd for fd, event in self.events.items() if event is route.event]
         if how == "view":
@@ -473,7 +473,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 3))
     @step
     def write_to_a_callers_eventfd(self, number: int) -> None:
-        """Whoever has it may write to it, whether or not it is a route's."""
+        """Writes to a caller's eventfd, whether or not a route has it."""
         fds = sorted(fd for fd, event in self.events.items() if not event.full)
         fd = fds[number % len(fds)]
         os.eventfd_write(fd, 1)
@@ -483,7 +483,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 4), view=st.booleans())
     @step
     def consume(self, number: int, view: bool) -> None:
-        """Takes what is pending, so that it is never delivered."""
+        """Takes pending signals, so that they are never delivered."""
         handle, route = self.pick(number)
         taken = handle.event.consume() > 0 if view else handle.consume_pending()
         expected = False if route.armed else route.event.pending
@@ -495,7 +495,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 3))
     @step
     def close_a_callers_eventfd(self, number: int) -> None:
-        """The route has a duplicate."""
+        """Closes a caller's eventfd. Its route has a duplicate and works on."""
         fd = sorted(self.events)[number % len(self.events)]
         os.close(fd)
         del self.events[fd]
@@ -523,7 +523,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 4))
     @step
     def drop(self, number: int) -> None:
-        """A route that nobody refers to any more is closed, with a warning."""
+        """Drops the last reference to a route: it is closed with a warning."""
         handle, route = self.pick(number)
         self.handles.remove((handle, route))
         with recorded() as warnings:
@@ -535,7 +535,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 3))
     @step
     def use_what_is_closed(self, number: int) -> None:
-        """It is refused, alone and in a batch, and nothing else of that batch is done."""
+        """A closed route raises, alone and in a batch, and the batch changes nothing."""
         handle = self.closed[number % len(self.closed)]
         batch = self.partition.batch()
         for other, route in self.handles:
@@ -560,18 +560,18 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(ClosedError):
                 batch.commit()
 
-    # What is compared
+    # The comparison
 
     def pick(self, number: int) -> tuple[IrqFdRoute, model.Route]:
         return self.handles[number % len(self.handles)]
 
     def struck(self, before: int) -> int:
-        """How many calls have failed since; no more than were asked to."""
+        """The number of calls that have failed since `before`: at most the injected ones."""
         self.failures = self.partition.stats().failures
         struck = self.failures - before
         self.owed -= struck
         Machine.failed += struck
-        assert self.owed >= 0, "a call failed that was not asked to"
+        assert self.owed >= 0, "a call failed without an injected fault"
         return struck
 
     def table(self) -> dict[int, MsiRoute]:
@@ -582,7 +582,7 @@ class Machine(RuleBasedStateMachine):
         }
 
     def compare(self) -> None:
-        assert self.partition.stats().failures == self.failures, "a call failed that was not asked to"
+        assert self.partition.stats().failures == self.failures, "a call failed without an injected fault"
         self.compare_counters()
         self.compare_interrupts()
         self.compare_routes()
@@ -590,7 +590,7 @@ class Machine(RuleBasedStateMachine):
         self.compare_events()
 
     def compare_counters(self) -> None:
-        """Arming drains at once what it leaves in a counter, and nothing stays there after that."""
+        """The counters of armed routes are empty: arming drains them at once."""
         if isinstance(self.guest, SimulatedGuest):
             self.guest.partition.settle()
         poll = select.poll()
@@ -598,7 +598,7 @@ class Machine(RuleBasedStateMachine):
         for fd in gsis:
             poll.register(fd, select.POLLIN)
         left = [gsis[fd] for fd, _ in poll.poll(0)]
-        assert left == [], "armed, and the counter is not empty"
+        assert left == [], "an armed route has a counter that is not empty"
 
     def compare_interrupts(self) -> None:
         arrived = defaultdict[int, list[Interrupt]](list)
@@ -611,7 +611,7 @@ class Machine(RuleBasedStateMachine):
             seen = set(filter(self.guest.reaches, due.msis))
             least = due.least if seen == due.msis else 0
             if isinstance(self.guest, KvmGuest) and gsi in self.model.broken:
-                # KVM injects what was pending from a work item, and a broken irqfd can't be taken away to wait for it.
+                # KVM injects pending signals from a work item, and a broken irqfd can't be disarmed to flush it.
                 assert {one.vector for one in came} <= {msi.vector for msi in self.model.broken[gsi]}, expected
                 continue
             if self.guest.counted:
@@ -656,9 +656,9 @@ class Machine(RuleBasedStateMachine):
         self.compare_armed(stats.arms - stats.disarms)
 
     def compare_armed(self, registered: int) -> None:
-        """Which irqfds there are, as our record and, of the simulated kernel, what its thread listens to have it."""
+        """Compares the armed irqfds with the statistics and with the epoll set of the simulated kernel."""
         armed = {handle.fileno() for handle, route in self.handles if route.armed}
-        # A broken irqfd may or may not be there.
+        # A broken irqfd may or may not be registered.
         unsure = {handle.fileno() for handle, route in self.handles if route.broken}
         assert len(armed) <= registered <= len(armed) + len(unsure) + len(self.model.stuck)
         if self.epoll is not None and isinstance(self.guest, SimulatedGuest):
@@ -669,7 +669,7 @@ class Machine(RuleBasedStateMachine):
                 assert watched <= armed | unsure
 
     def compare_events(self) -> None:
-        """The caller's side of eventfds tells the same as the route's."""
+        """The caller's eventfds are readable exactly while the model has a pending signal."""
         poll = select.poll()
         for fd in self.events:
             poll.register(fd, select.POLLIN)
@@ -703,13 +703,13 @@ def _changed(change: model.Change, action: Action, msi: MsiRoute) -> model.Chang
 
 
 def _do(target: Any, handle: IrqFdRoute, action: Action, msi: MsiRoute) -> None:
-    """Asks for a change of a route, of the route itself or of a batch."""
+    """Makes a change to a route, directly or in a batch."""
     arguments: list[Any] = [] if target is handle else [handle]
     getattr(target, action)(*arguments, *([msi] if action == "set_msi" else []))
 
 
 def _signaller(handle: IrqFdRoute) -> threading.Thread:
-    """A thread that signals once, on its way."""
+    """Starts a thread that signals once."""
     began = threading.Event()
 
     def signal() -> None:
@@ -732,6 +732,6 @@ def _epolls() -> set[int]:
 
 
 def _watched(epoll: int) -> set[int]:
-    """The descriptors in an epoll set, as the kernel tells."""
+    """The descriptors in an epoll set, from /proc."""
     lines = Path(f"/proc/self/fdinfo/{epoll}").read_text().splitlines()
     return {int(line.split()[1]) for line in lines if line.startswith("tfd:")}

@@ -1,7 +1,7 @@
-"""What must hold of a partition and its routes, as a program: what is said of them, and of them alone, in plain Python.
+"""The model of a partition and its routes: their documented behaviour in plain Python.
 
-It knows no ioctl and no order of calls. Where several outcomes are right (a signal that overlaps an arming, a failure
-whose way back failed too) it says which, and takes over the one that came about.
+It knows no ioctl and no order of calls. Where several outcomes are right (a signal that overlaps an arming, a rollback
+that fails too) it lists them, and continues from the one that the partition shows.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Event:
-    """An eventfd. `pending` is None while it can't be known: a broken irqfd may or may not have taken the signal."""
+    """An eventfd. `pending` is None while it is unknown: a broken irqfd may or may not have taken the signal."""
 
     pending: bool | None = False
     full: bool = False
-    """Whether its counter was filled to the brim, so that a plain write would wait."""
+    """Whether its counter is full, so that a plain write would block."""
 
     def drained(self) -> None:
         self.pending = self.full = False
@@ -30,17 +30,17 @@ class Event:
 
 @dataclass(eq=False)
 class Route:
-    """A route that is open, or one whose irqfd could not be taken away when it was closed."""
+    """An open route, or a closed one whose irqfd could not be disarmed."""
 
     gsi: int
     event: Event
     masked: bool = False
     msi: MsiRoute | None = None
-    lapsed: bool = False
-    """Whether it should be armed and could not be armed again after a failure."""
+    waits_to_be_rearmed: bool = False
+    """Whether it is waiting to be re-armed."""
     broken: bool = False
     asked: set[MsiRoute] = field(default_factory=set)
-    """All MSIs that it was ever asked to have: a broken one may be on any of them."""
+    """All MSIs that were ever set: a broken route may raise any of them."""
 
     @property
     def wanted(self) -> MsiRoute | None:
@@ -49,11 +49,11 @@ class Route:
 
     @property
     def armed(self) -> bool:
-        return self.wanted is not None and not self.lapsed
+        return self.wanted is not None and not self.waits_to_be_rearmed
 
 
 class Change(NamedTuple):
-    """What is asked of a route: the whole of what it should be afterwards."""
+    """The mask and the MSI that a call gives a route."""
 
     route: Route
     masked: bool
@@ -65,8 +65,8 @@ class Change(NamedTuple):
 
     @property
     def needed(self) -> bool:
-        """Whether anything is to be done. What is set already is not, unless it should be armed and is not."""
-        return (self.masked, self.msi) != (self.route.masked, self.route.msi) or self.route.lapsed
+        """Whether the change does anything: it alters the route, or arms one that is waiting to be re-armed."""
+        return (self.masked, self.msi) != (self.route.masked, self.route.msi) or self.route.waits_to_be_rearmed
 
 
 @dataclass
@@ -87,30 +87,30 @@ class Due:
 
 
 class Partition:
-    """A partition as it should be."""
+    """The expected state of a partition."""
 
     def __init__(self, gsis: Iterable[int], vps: Iterable[int], keep: dict[int, MsiRoute], *, any_vp: bool) -> None:
         self.vps = set(vps)
         self.any_vp = any_vp
-        """Whether nobody asks if there is a VP."""
+        """Whether destinations go unchecked."""
         self.keep = keep
         self.free = set(gsis)
         self.broken: dict[int, set[MsiRoute]] = {}
-        """The GSIs that are never handed out again, and what may come from them."""
+        """The quarantined GSIs, and the MSIs that they may still raise."""
         self.routes: dict[int, Route] = {}
         self.stuck: list[Route] = []
-        """Closed routes whose irqfds may still be there."""
+        """Closed routes whose irqfds may still be registered."""
         self.entries: dict[int, MsiRoute] = {}
-        """The table that the next push makes the kernel's."""
+        """The table that the next push gives the kernel."""
         self.table: dict[int, MsiRoute] = {}
         """The kernel's table."""
         self.pushes = 0
         self.due: defaultdict[int, Due] = defaultdict(Due)
 
-    # What arrives
+    # Interrupts
 
     def signal(self, event: Event) -> None:
-        """A signal that overlaps nothing."""
+        """A signal that overlaps no call."""
         for route in (*self.routes.values(), *self.stuck):
             if route.event is event:
                 self._signal(route)
@@ -128,7 +128,7 @@ class Partition:
             route.event.pending = True
 
     def overlap(self, route: Route, before: MsiRoute | None, during: MsiRoute | None) -> None:
-        """A signal at some moment of a change that is over by now: it comes once or twice, or it is pending."""
+        """A signal that overlapped a change: it is delivered once or twice, or it is pending."""
         due = self.due[route.gsi]
         due.msis |= {msi for msi in (before, during, route.msi) if msi is not None}
         due.most += 2
@@ -141,13 +141,13 @@ class Partition:
             route.event.pending, due.or_pending = None, True
 
     def _arm(self, route: Route) -> None:
-        """One interrupt for all that is pending."""
-        route.lapsed = False
+        """Delivers one interrupt for all that is pending."""
+        route.waits_to_be_rearmed = False
         if route.event.pending is not False:
             self.due[route.gsi].add(route.msi, int(route.event.pending is True), 1)
         route.event.drained()
 
-    # What is asked
+    # Changes
 
     def lacks_vp(self, changes: list[Change]) -> bool:
         wanted = [change.wanted for change in changes if change.needed and change.wanted is not None]
@@ -161,7 +161,7 @@ class Partition:
         return self.routes[gsi]
 
     def succeed(self, changes: list[Change], failures: int) -> None:
-        """All changes are made, with one push at the most."""
+        """Makes all changes, with at most one push."""
         changes = [change for change in changes if change.needed]
         push = any(change.wanted and change.wanted != self.table.get(change.route.gsi) for change in changes)
         newly = [change.route for change in changes if change.wanted and not change.route.armed]
@@ -172,20 +172,20 @@ class Partition:
             elif msi is None:
                 self.entries.pop(route.gsi, None)
             if not route.wanted:
-                route.lapsed = False
+                route.waits_to_be_rearmed = False
         if push:
             self.table = dict(self.entries)
             self.pushes += 1
-            lapsed = [route for route in self.routes.values() if route.lapsed and route not in newly]
-            # Not what was asked for, so a failure to arm these fails nothing.
-            newly += [] if failures else lapsed
-            for route in lapsed if failures else ():
+            waiting = [route for route in self.routes.values() if route.waits_to_be_rearmed and route not in newly]
+            # The call did not ask to arm these, so a failure to arm them does not fail the call.
+            newly += [] if failures else waiting
+            for route in waiting if failures else ():
                 self._maybe_armed(route, route.msi)
         for route in newly:
             self._arm(route)
 
     def fail(self, changes: list[Change]) -> None:
-        """Nothing has changed, but what was delivered on the way stands."""
+        """Changes nothing; interrupts delivered before the failure stand."""
         for change in changes:
             if change.needed and change.wanted and not change.route.armed:
                 self._maybe_armed(change.route, change.wanted)
@@ -198,7 +198,7 @@ class Partition:
             route.event.pending = None
 
     def close(self, route: Route, *, failed: bool) -> None:
-        """Disarmed, and its entry leaves with the next push. If it could not be disarmed, it may still be there."""
+        """Closes a route. If it could not be disarmed, its irqfd may stay registered."""
         del self.routes[route.gsi]
         if failed:
             self.give_up(route)
@@ -209,6 +209,6 @@ class Partition:
             self.entries.pop(route.gsi, None)
 
     def give_up(self, route: Route) -> None:
-        """Its GSI is never handed out again."""
+        """Breaks a route, whose GSI is quarantined."""
         route.broken = True
         self.broken[route.gsi] = route.asked

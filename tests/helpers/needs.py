@@ -8,14 +8,14 @@ import pytest
 
 
 def need(name: str) -> None:
-    """Skips where a backend is not to be had, and fails where it was asked for by name."""
+    """Skips the test if a backend is missing; fails it if the backend was asked for by name."""
     if name not in backends.selected():
         pytest.skip(f"{backends.SELECTION} leaves {name} out")
     skip_or_fail(name, backends.unavailable(name))
 
 
 def need_faults(name: str) -> None:
-    """The same, where calls of a backend can't be made to fail."""
+    """The same, if the calls of a backend can't be made to fail."""
     need(name)
     skip_or_fail(name, None if name == "simulated" else faults_.unavailable())
 

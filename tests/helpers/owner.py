@@ -1,9 +1,9 @@
-"""Processes that own routes, each with an interpreter of its own, for `test_processes.py` to start and to kill.
+"""A program that owns routes, for `test_processes.py` to start and to kill.
 
-owner.py BACKEND children END      forks a child in each of PLACES, which ends as END says while interrupts flow here
+owner.py BACKEND children END      forks a child in each of PLACES, which ends by END; interrupts still arrive here
 owner.py BACKEND pushing END       the same, while other threads push
 owner.py BACKEND killed EVENT      arms EVENT, says so, and pushes until it is killed
-owner.py BACKEND outlived EVENT    the same, with a child that holds what it inherited until standard input ends
+owner.py BACKEND outlived EVENT    the same, with a child that keeps the inherited descriptors until standard input ends
 owner.py BACKEND adopted EVENT FD  adopts the partition FD, arms EVENT, says so, and waits to be killed
 """
 
@@ -50,7 +50,7 @@ KEPT: list[object] = []
 
 
 class Late:
-    """Uses a route when modules are torn down."""
+    """Uses a route while the modules are torn down."""
 
     def __init__(self, route: IrqFdRoute) -> None:
         self.mask, self.owner = route.mask, os.getpid()
@@ -120,7 +120,7 @@ def pushing_children(backend: Backend, end: str) -> None:
     def life(guest: Guest, route: IrqFdRoute) -> bool:
         others = [guest.partition.new_irqfd_route() for _ in range(50)]
         with pushing(guest.partition, others):
-            until(lambda: guest.partition.stats().pushes > 1, "the first push was made")
+            until(lambda: guest.partition.stats().pushes > 1, "the first push is made")
             ended = has_a_child("pushing", end, guest, route, once=False)
         if not ended:
             for each in (route, *others):
@@ -132,7 +132,7 @@ def pushing_children(backend: Backend, end: str) -> None:
 
 
 def has_a_child(place: str, end: str, guest: Guest, route: IrqFdRoute, *, once: bool = True) -> bool:
-    """Sees each signal arrive before, during and after the life of a child. Returns whether this is it, at its end."""
+    """Checks that signals arrive before, during and after a child's life. Returns True in the child, at its end."""
 
     def beat() -> None:
         route.signal()

@@ -34,7 +34,7 @@ class KvmVm:
         os.close(self.fd)
 
     def route(self, *entries: tuple[int, int, int]) -> None:
-        """Sets a routing table of MSIs, as whoever made the VM may have done."""
+        """Sets a routing table of MSIs, as the VMM may have done."""
         table = struct.pack("II", len(entries), 0)
         for gsi, address, data in entries:
             table += struct.pack("IIII III 20x", gsi, KVM_IRQ_ROUTING_MSI, 0, 0, address, 0, data)
@@ -47,7 +47,7 @@ class KvmVm:
         fcntl.ioctl(self.fd, KVM_IRQFD, struct.pack("IIII16x", event, gsi, flags, 0))
 
     def vectors(self) -> set[int]:
-        """Takes the vectors that wait in the IRR."""
+        """Takes the vectors in the IRR."""
         registers = self._registers()
         found = {
             vector

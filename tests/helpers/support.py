@@ -1,4 +1,4 @@
-"""Small tools that several tests need: forked children, other interpreters, counts of what a process holds."""
+"""Small tools for several tests: forked children, other interpreters, open descriptors, counts of a partition."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = float(os.environ.get("MSHV_IRQFD_PATIENCE", "60"))
-"""Seconds after which something that must happen is taken not to happen: far beyond what a loaded machine needs. Less
-where it is known not to happen (tools/break_rules.py)."""
+"""Seconds to wait for something that must happen: far more than a loaded machine needs. tools/break_rules.py sets less,
+because there it does not happen."""
 
 
 def msi(vector: int, apic_id: int = 0) -> MsiRoute:
@@ -40,12 +40,12 @@ def until(condition: Callable[[], bool], what: str) -> None:
     """Waits until a condition holds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, f"it did not come about that {what}"
+        assert time.monotonic() < deadline, f"timed out before {what}"
         time.sleep(0.0005)
 
 
 def open_files() -> list[str]:
-    """What this process has open, by descriptor."""
+    """The open files of this process, by descriptor."""
     found = []
     for fd in sorted(Path("/proc/self/fd").iterdir(), key=lambda path: int(path.name)):
         try:
@@ -55,18 +55,18 @@ def open_files() -> list[str]:
     return found
 
 
-def close_behind_its_back(fd: int) -> None:
-    """Closes a descriptor whose number somebody still has; whoever makes the next one gets it."""
+def close_as_someone_else(fd: int) -> None:
+    """Closes a descriptor that the package still has. The next new descriptor gets its number."""
     os.close(fd)
 
 
 def native_threads() -> int:
-    """How many threads the kernel knows in this process."""
+    """The number of threads of this process, as the kernel counts them."""
     return len(list(Path("/proc/self/task").iterdir()))
 
 
 def still_works(guest: Guest) -> None:
-    """Shows that a route can be made, armed, moved, masked and closed, and that its interrupts arrive."""
+    """Asserts that a new route can be armed, retargeted, masked and closed, and that its interrupts arrive."""
     guest.receives_nothing()
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0xE1))
@@ -82,7 +82,7 @@ def still_works(guest: Guest) -> None:
 
 @contextmanager
 def pushing(partition: Partition, routes: list[IrqFdRoute]) -> Iterator[None]:
-    """Two threads of which one is in a push at nearly any time."""
+    """Runs two threads that push all the time."""
     stop, errors = threading.Event(), list[BaseException]()
 
     def push() -> None:
@@ -109,14 +109,14 @@ def pushing(partition: Partition, routes: list[IrqFdRoute]) -> Iterator[None]:
 
 
 def fork() -> int:
-    """Forks although threads run: what becomes of the child then is what is tested."""
+    """Forks, even while other threads run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
 def in_child(function: Callable[[], T]) -> T:
-    """What a function returns in a forked child. A child that hangs is a failure, and so is one that is killed."""
+    """Runs a function in a forked child and returns its result. Fails if the child hangs or is killed."""
     read, write = os.pipe()
     child = fork()
     if child == 0:
@@ -146,7 +146,7 @@ def in_child(function: Callable[[], T]) -> T:
 
 
 def refusal(function: Callable[[], object]) -> str:
-    """The name of the exception that a function raises; "none" if it raises none. Can leave a child."""
+    """The name of the exception that a function raises, or "none". A string, so that a child can send it."""
     try:
         function()
     except Exception as error:
@@ -156,7 +156,7 @@ def refusal(function: Callable[[], object]) -> str:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[type[Warning], str]]]:
-    """The warnings given, without the objects that they are about: a recorded ResourceWarning would revive its own."""
+    """Records warnings without their objects: a recorded ResourceWarning would revive its own."""
     told: list[tuple[type[Warning], str]] = []
 
     def show(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -169,7 +169,7 @@ def recorded() -> Iterator[list[tuple[type[Warning], str]]]:
 
 
 def run_python(code: str, *options: str, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Runs code in an interpreter of its own, started by another program if one is named."""
+    """Runs code in an interpreter of its own, which the program `under` starts if one is named."""
     return subprocess.run(
         [*under, sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
@@ -177,7 +177,7 @@ def run_python(code: str, *options: str, under: tuple[str, ...] = ()) -> subproc
 
 @contextmanager
 def an_owner(backend: Backend, *words: object, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A process that owns a partition; `owner.py` says what it does."""
+    """Starts a process that owns a partition; `owner.py` lists the things that it can do."""
     command = [sys.executable, "-X", "dev", str(Path(__file__).with_name("owner.py")), backend.name, *map(str, words)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, pass_fds=fds) as owner:
@@ -188,7 +188,7 @@ def an_owner(backend: Backend, *words: object, fds: tuple[int, ...] = ()) -> Ite
 
 
 def collect() -> None:
-    """Finalizes what nobody refers to."""
+    """Finalizes all unreachable objects."""
     gc.collect()
 
 
@@ -197,7 +197,7 @@ def table_entry(gsi: int, route: MsiRoute) -> RoutingEntry:
 
 
 class Delta:
-    """What a block added to the counts of a partition."""
+    """The change of a partition's statistics over a block."""
 
     stats: PartitionStats
 

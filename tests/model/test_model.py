@@ -1,4 +1,4 @@
-"""The whole API against a model of it: after every step, states, table, armed irqfds and interrupts are the model's.
+"""The whole API against a model: after every step the states, the table, the armed irqfds and the interrupts agree.
 
 `MSHV_IRQFD_MODEL` sets how many runs of how many steps, as in "2000x50". A failing run ends with a script that
 replays it.
@@ -23,14 +23,14 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def size() -> tuple[int, int]:
-    """How many runs, of how many steps."""
+    """The number of runs, and of steps in each."""
     runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "30x30").partition("x")
     return int(runs), int(steps)
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["simulated", "kvm", "adopted", "mshv"])
-def test_any_steps_leave_a_partition_as_the_model_has_it(name: str) -> None:
+def test_after_any_steps_a_partition_matches_the_model(name: str) -> None:
     need_faults("kvm" if name == "adopted" else name)
     runs, steps = size()
     Machine.runs = Machine.steps = Machine.failed = Machine.races = 0
@@ -62,6 +62,6 @@ def test_a_failing_run_ends_with_a_script_that_replays_it() -> None:
     (note,) = failure.value.__notes__
     _, _, script = note.partition("\n")
     assert script.endswith("machine.signal(number=0, how='thread')")
-    # It runs to its end, for it is the model that was wrong here.
+    # The replay succeeds, because the test spoiled the model and not the partition.
     replay = subprocess.run([sys.executable, "-c", script], cwd=HELPERS, check=False)
     assert replay.returncode == 0

@@ -1,6 +1,6 @@
-"""Random walks over everything that can be done to routes, with signals from other threads all the while.
+"""Random walks over all operations on routes, while other threads signal.
 
-On KVM which vectors arrived is known, not how often, and not while others signal; so it is looked at when all rests.
+KVM shows the set of vectors only, and not while other threads signal, so there the walk checks at rest.
 `MSHV_IRQFD_WALK` sets the number of operations of a walk.
 """
 
@@ -26,9 +26,9 @@ OPERATIONS = int(os.environ.get("MSHV_IRQFD_WALK", "400"))
 EPOCH = 50
 ROUTES = 12
 BURST = 40
-"""Signals that come with an operation: as many as a slow machine can look at."""
+"""The number of signals during one operation: no more than a slow machine can check."""
 VECTORS = 8
-"""How many vectors a route moves among; no two routes share one."""
+"""The number of vectors of a route. No two routes share one."""
 
 
 def vectors(number: int) -> range:
@@ -48,7 +48,7 @@ class Walk:
         return msi(self.random.choice(vectors(number)))
 
     def step(self) -> None:  # noqa: C901 -- a list of choices
-        """One change: of a route, of several in a batch, or a route closed and another made in its place."""
+        """Changes a route, changes several in a batch, or closes one and makes another in its place."""
         number = self.random.randrange(ROUTES)
         route = self.routes[number]
         match self.random.randrange(10):
@@ -98,14 +98,14 @@ TORN = -1
 
 
 def numbers(interrupts: list[Interrupt], guest: Guest, *, may_tear: bool = False) -> Counter[int]:
-    """How many interrupts came of each route; fails for one that no route was ever set to, unless it may be torn."""
+    """Counts the interrupts of each route. Fails on a bogus one, unless torn ones are allowed."""
     found: Counter[int] = Counter()
     for interrupt in interrupts:
         if may_tear and interrupt.vector == 0:
             found[TORN] += 1
             continue
         number = (interrupt.vector - 0x20) // VECTORS
-        assert 0 <= number < ROUTES, f"nobody asked for {interrupt}"
+        assert 0 <= number < ROUTES, f"bogus {interrupt}"
         if guest.counted:
             assert interrupt == Interrupt(interrupt.vector, 0, msi(interrupt.vector).delivery_mode, False, False)
         found[number] += 1
@@ -113,7 +113,7 @@ def numbers(interrupts: list[Interrupt], guest: Guest, *, may_tear: bool = False
 
 
 class Signals(Counter[int]):
-    """How often each route was signalled, and how often more it may be."""
+    """The number of signals of each route, and the budget for more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Signals(Counter[int]):
         self.room = threading.Semaphore(2 * BURST)
 
     def more(self) -> None:
-        """Lets more signals come, which overlap what is done next. Waits for those that are far behind."""
+        """Allows more signals, which overlap the next operation. Waits if the signalling threads are far behind."""
         for _ in range(BURST):
             self.room.acquire()
             self.budget.release()
@@ -129,7 +129,7 @@ class Signals(Counter[int]):
 
 @contextmanager
 def signalling(walk: Walk) -> Iterator[Signals]:
-    """Two threads that signal routes at random; how often each, once they have ended."""
+    """Runs two threads that signal routes at random; counts their signals when they have ended."""
     stop = threading.Event()
     signals = Signals()
     lock = threading.Lock()
@@ -152,7 +152,7 @@ def signalling(walk: Walk) -> Iterator[Signals]:
                     mine[number] += 1
         except BaseException as error:
             failures.append(error)
-            # Nobody is to wait for this one.
+            # Nothing may wait for this thread.
             signals.room.release(OPERATIONS * BURST)
         with lock:
             signals.update(mine)
@@ -172,12 +172,12 @@ def signalling(walk: Walk) -> Iterator[Signals]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("quiesce", [None, False])
-def test_a_walk_under_signals_brings_no_interrupt_that_nobody_asked_for(
+def test_a_walk_under_signals_raises_no_bogus_interrupt(
     backend: Backend, open_guest: Callable[..., Guest], quiesce: bool | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if quiesce is False and not backend.quiesces:
-        pytest.skip(f"{backend.name} does not quiesce anyhow")
-    # Without quiescing the mshv driver may tear a signal during a push. How often is chance: reported, not asserted.
+        pytest.skip(f"{backend.name} never quiesces by default")
+    # Without quiescing the mshv driver may tear a signal during a push. The number is random: printed, not asserted.
     may_tear = quiesce is False and backend.name == "mshv"
     guest = open_guest(quiesce=quiesce)
     walk = Walk(guest, seed=1)
@@ -200,7 +200,7 @@ def test_a_walk_under_signals_brings_no_interrupt_that_nobody_asked_for(
         assert received.total() <= signals.total() + stats.arms
     assert signals.total() > 0
     assert set(received) == set(range(ROUTES))
-    # Once all is at rest, each signal is one interrupt.
+    # At rest each signal is one interrupt.
     for route in walk.routes:
         route.signal()
     guest.receives(*(route.msi for route in walk.routes if route.msi))
@@ -209,12 +209,10 @@ def test_a_walk_under_signals_brings_no_interrupt_that_nobody_asked_for(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2))
-def test_one_signal_during_a_walk_arrives_once_or_twice_and_never_not_at_all(
-    open_guest: Callable[..., Guest], seed: int
-) -> None:
+def test_one_signal_during_a_walk_arrives_once_or_twice(open_guest: Callable[..., Guest], seed: int) -> None:
     guest = open_guest()
     walk = Walk(guest, seed)
-    # Closing a route takes its pending signal with it, which is not what is looked at here.
+    # A closed route takes its pending signal with it, so this walk closes none.
     walk.replace = lambda number: walk.routes[number].unmask()  # type: ignore[method-assign]
     for _ in range(max(OPERATIONS // EPOCH, 1)):
         walk.arm_all()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from backends import Backend, SimulatedGuest
 
 LIVES, STRETCHES = 30, 8
-"""So many partitions come and go in a stretch, of so many at most: caches grow in some stretches, a leak in each."""
+"""Partitions in a stretch, and stretches at most. Caches grow in some stretches, a leak grows in each."""
 
 LEAST = 24
 """Bytes of the smallest block of the C library's heap."""
@@ -29,7 +29,7 @@ class MallInfo(ctypes.Structure):
 
 
 def bytes_in_use() -> int:
-    """What mallinfo2(3) says of the heap, which is also Rust's."""
+    """The bytes in use on the heap, which Rust shares, from mallinfo2(3)."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = MallInfo
     info = mallinfo2()
@@ -51,27 +51,27 @@ def test_nothing_grows_with_the_number_of_partitions(backend: Backend, live: Cal
         for _ in range(LIVES):
             live(backend)
         collect()
-        until(lambda: native_threads() <= threads, "their threads ended")
+        until(lambda: native_threads() <= threads, "their threads have ended")
         blocks, size = (now - then for now, then in zip(measured(), before, strict=True))
         grown.append((blocks, size))
-        # Less than one a life.
+        # Less than one for each partition.
         if blocks < LIVES and size < LIVES * LEAST and len(grown) > 1:
             break
     else:
-        pytest.fail(f"each {LIVES} partitions grew Python by blocks, and the heap by bytes: {grown}")
+        pytest.fail(f"{LIVES} partitions at a time, growth in (Python blocks, bytes of heap): {grown}")
     print(f"{LIVES * len(grown)} partitions; the last {LIVES} grew Python by {blocks} blocks, the heap by {size} bytes")
     assert open_files() == files
 
 
 @pytest.mark.thread_unsafe(reason="counts the process's blocks")
-def test_an_attribute_is_asked_for_by_the_same_string_each_time(simulated: SimulatedGuest) -> None:
-    # The interpreter's cache of attributes keeps the string that it was asked for, and finds it by its address.
+def test_attribute_lookups_reuse_one_string(simulated: SimulatedGuest) -> None:
+    # The interpreter's attribute cache keeps each name that it looks up, by its address.
     def growth(calls: int) -> int:
         before, _ = measured()
         held = []
         for number in range(calls):
             refusal(lambda: simulated.partition.new_irqfd_route(event=-1))
-            # As long as "fileno": takes the place of a string that was given up, so that another's address is another.
+            # As long as "fileno": it takes the memory of a freed name, so the next name gets another address.
             held.append(f"{number:06}")
         held.clear()
         return measured()[0] - before

@@ -1,4 +1,4 @@
-"""Processes: children that end in every way, programs that are started, owners that are killed."""
+"""Processes: children that end in every way, programs started by the owner, and owners that are killed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from pathlib import Path
 
-pytestmark = pytest.mark.thread_unsafe(reason="children have one thread, and what the others left half done")
+pytestmark = pytest.mark.thread_unsafe(reason="a child has one thread, and the half-done work of the others")
 
 
 def told(backend: Backend, *words: object) -> tuple[list[str], list[str]]:
-    """What an owner prints, and what it complains of."""
+    """Runs an owner. Returns the lines that it prints, and its errors and warnings."""
     with an_owner(backend, *words) as owner:
         out, complaints = owner.communicate(timeout=2 * PATIENCE)
     assert owner.returncode == 0, complaints
@@ -40,7 +40,7 @@ AT_EXIT, LATE = "atexit ForkedError", "late ForkedError"
 @pytest.mark.parametrize(
     ("end", "statuses", "shut_down", "complaints"),
     [
-        # A batch whose body ends without an error is committed, which is not a child's to do.
+        # A batch whose body ends without an error is committed, which a child may not do.
         ("end", (0, 0, 0, 1), True, [FORKED]),
         ("sys.exit", (3, 3, 3, 3), True, []),
         ("exception", (1, 1, 1, 1), True, ["KeyError"] * 4),
@@ -49,7 +49,7 @@ AT_EXIT, LATE = "atexit ForkedError", "late ForkedError"
         ("SIGKILL", (-signal.SIGKILL,) * 4, False, []),
     ],
 )
-def test_a_child_ends_in_any_way_with_routes_alive_and_its_parents_interrupts_flow_on(
+def test_a_child_ends_in_any_way_and_its_parents_interrupts_still_arrive(
     backend: Backend, end: str, statuses: tuple[int, ...], *, shut_down: bool, complaints: list[str]
 ) -> None:
     expected = []
@@ -59,7 +59,7 @@ def test_a_child_ends_in_any_way_with_routes_alive_and_its_parents_interrupts_fl
 
 
 @pytest.mark.parametrize(("end", "status"), [("end", 0), ("exception", 1), ("os._exit", 4), ("SIGKILL", -9)])
-def test_a_child_forked_during_a_push_ends_in_any_way_and_its_parents_interrupts_flow_on(
+def test_a_child_forked_during_a_push_ends_in_any_way_and_its_parents_interrupts_still_arrive(
     backend: Backend, end: str, status: int
 ) -> None:
     shut_down = [AT_EXIT, LATE] if end in {"end", "exception"} else []
@@ -67,7 +67,7 @@ def test_a_child_forked_during_a_push_ends_in_any_way_and_its_parents_interrupts
     assert told(backend, "pushing", end) == ([*shut_down, f"pushing {status}"], complaints)
 
 
-# What the children of multiprocessing find, as they inherit it. Nothing else refers to those that they drop.
+# The objects that children of multiprocessing inherit. DROPPED holds the only references to its own.
 HELD: list[tuple[Partition, IrqFdRoute]] = []
 DROPPED: list[Any] = []
 FORK = multiprocessing.get_context("fork")
@@ -99,7 +99,7 @@ def raise_in_with() -> None:
 def route(guest: Guest) -> Iterator[IrqFdRoute]:
     """An armed route that children of multiprocessing inherit."""
     with guest.partition.new_irqfd_route() as route, warnings.catch_warnings():
-        # Of forking beside threads, which is what is tested.
+        # Python warns of a fork beside threads, which this test makes on purpose.
         warnings.simplefilter("ignore", DeprecationWarning)
         route.set_msi(msi(0x41))
         HELD.append((guest.partition, route))
@@ -116,14 +116,14 @@ def cycle(backend: Backend) -> list[Any]:
 
 
 def interrupts_flow(guest: Guest, route: IrqFdRoute, going: Callable[[], bool] = lambda: False) -> None:
-    """Sees each signal arrive for as long as something goes on, and then some more."""
+    """Checks that each signal arrives for as long as `going` returns True, and three times more."""
     more = 3
     while going() or (more := more - 1) >= 0:
         route.signal()
         guest.gets(msi(0x41))
 
 
-def test_a_process_of_multiprocessing_uses_closes_and_collects_what_it_inherits(
+def test_a_multiprocessing_child_uses_closes_and_collects_inherited_objects(
     backend: Backend, guest: Guest, route: IrqFdRoute
 ) -> None:
     DROPPED[:] = cycle(backend)
@@ -145,7 +145,7 @@ def test_a_process_of_multiprocessing_uses_closes_and_collects_what_it_inherits(
     there.close()
 
 
-def test_a_process_of_multiprocessing_raises_inside_with(
+def test_a_multiprocessing_child_raises_inside_with(
     guest: Guest, route: IrqFdRoute, capfd: pytest.CaptureFixture[str]
 ) -> None:
     process = FORK.Process(target=raise_in_with)
@@ -157,7 +157,7 @@ def test_a_process_of_multiprocessing_raises_inside_with(
 
 
 @pytest.mark.parametrize("how", ["terminate", "kill"])
-def test_a_process_of_multiprocessing_is_ended_by_its_parent(guest: Guest, route: IrqFdRoute, how: str) -> None:
+def test_a_multiprocessing_child_is_ended_by_its_parent(guest: Guest, route: IrqFdRoute, how: str) -> None:
     process = FORK.Process(target=signal.pause)
     process.start()
     interrupts_flow(guest, route)
@@ -218,7 +218,7 @@ def test_a_program_that_is_started_inherits_no_descriptor(
         guest.partition.new_irqfd_route().close()
         start(out.fileno())
         inherited = re.findall(r"-> (.*(?:event|kvm|mshv).*)", listing.read_text())
-        # Only what its maker lets programs inherit.
+        # Only the caller's own, which it made inheritable.
         assert inherited == ["anon_inode:[eventfd]"]
         interrupts_flow(guest, route)
     os.close(theirs)
@@ -233,26 +233,26 @@ def event() -> Iterator[int]:
 
 
 def is_taken(event: int) -> bool:
-    """Waits for a kernel to take a signal, which one that is armed does soon if not at once."""
+    """Waits until a kernel takes a signal, as it soon does if an irqfd is armed."""
     os.eventfd_write(event, 1)
-    until(lambda: not select.select([event], [], [], 0)[0], "a kernel took the signal")
+    until(lambda: not select.select([event], [], [], 0)[0], "a kernel takes the signal")
     return True
 
 
 def stays(event: int) -> bool:
-    """Whether signals stay in the counter, as nothing is armed on it."""
+    """Whether signals stay in the counter, because no irqfd is armed on it."""
     os.eventfd_write(event, 1)
     os.eventfd_write(event, 1)
     return os.eventfd_read(event) >= 2
 
 
 def held_by_the_hypervisor(guest: Guest) -> tuple[int, ...]:
-    """What the lab's stand-in hypervisor holds for partitions; elsewhere nothing tells."""
+    """The counters of the lab's stand-in hypervisor; empty elsewhere."""
     return guest.stub.counters().held if isinstance(guest, MshvGuest) else ()
 
 
 def starts_clean(backend: Backend, event: int) -> None:
-    """Shows that a new partition can have the eventfd, and gets its interrupts and no others."""
+    """Asserts that a new partition can use the eventfd, and gets its interrupts and no others."""
     guest = backend.guest(backend.open())
     still_works(guest)
     with guest.partition.new_irqfd_route(event=event) as route:
@@ -263,9 +263,7 @@ def starts_clean(backend: Backend, event: int) -> None:
     guest.close()
 
 
-def test_what_a_killed_owner_had_is_gone_and_a_new_owner_starts_clean(
-    backend: Backend, guest: Guest, event: int
-) -> None:
+def test_a_killed_owner_leaves_nothing_and_a_new_owner_starts_clean(backend: Backend, guest: Guest, event: int) -> None:
     held = held_by_the_hypervisor(guest)
     with an_owner(backend, "killed", event, fds=(event,)) as owner:
         assert owner.stdout is not None
@@ -275,11 +273,11 @@ def test_what_a_killed_owner_had_is_gone_and_a_new_owner_starts_clean(
         owner.kill()
         assert owner.wait() == -signal.SIGKILL
     assert stays(event)
-    until(lambda: held_by_the_hypervisor(guest) == held, "the hypervisor had forgotten the partition")
+    until(lambda: held_by_the_hypervisor(guest) == held, "the hypervisor frees the partition")
     starts_clean(backend, event)
 
 
-def test_a_killed_owners_partition_lives_until_the_last_child_that_holds_it_has_ended(
+def test_a_killed_owners_partition_lives_until_the_last_child_that_holds_it_ends(
     backend: Backend, guest: Guest, event: int
 ) -> None:
     held = held_by_the_hypervisor(guest)
@@ -291,7 +289,7 @@ def test_a_killed_owners_partition_lives_until_the_last_child_that_holds_it_has_
         owner.kill()
         assert owner.wait() == -signal.SIGKILL
         if backend.name == "simulated":
-            # This kernel's thread was the owner's.
+            # The thread of the simulated kernel died with the owner.
             assert stays(event)
         else:
             assert is_taken(event)
@@ -300,5 +298,5 @@ def test_a_killed_owners_partition_lives_until_the_last_child_that_holds_it_has_
         assert select.select([child], [], [], PATIENCE)[0], "the child did not end"
         os.close(child)
     assert stays(event)
-    until(lambda: held_by_the_hypervisor(guest) == held, "the hypervisor had forgotten the partition")
+    until(lambda: held_by_the_hypervisor(guest) == held, "the hypervisor frees the partition")
     starts_clean(backend, event)

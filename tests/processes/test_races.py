@@ -1,6 +1,6 @@
 """Every pair of operations at the same moment: on one route, on two, and a batch beside either.
 
-Whichever comes first, the outcome is that of one order of the two. `MSHV_IRQFD_RACES` sets how often each pair runs.
+The outcome is that of one order of the two. `MSHV_IRQFD_RACES` sets how often each pair runs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def race(*operations: Callable[[], object]) -> None:
-    """Starts operations at the same moment. They may find a thing closed, and nothing else may go wrong."""
+    """Starts operations at the same moment. They may raise ClosedError, and no other error."""
     start = threading.Barrier(len(operations))
     wrong: list[BaseException] = []
 
@@ -93,7 +93,7 @@ def race(*operations: Callable[[], object]) -> None:
 
 
 def check(guest: Guest, *routes: IrqFdRoute) -> None:
-    """What routes say of themselves is true of the table, and their signals arrive."""
+    """Asserts that the attributes of routes agree with the table, and that their signals arrive."""
     table = {entry.gsi: (entry.address, entry.data) for entry in guest.partition.routing_table()}
     guest.arrived()
     for route in routes:
@@ -118,7 +118,7 @@ def check(guest: Guest, *routes: IrqFdRoute) -> None:
     ("first", "second"),
     [pytest.param(*pair, id="+".join(pair)) for pair in combinations_with_replacement(OPERATIONS, 2)],
 )
-def test_two_operations_at_once_end_as_one_after_the_other(
+def test_two_operations_at_once_end_as_if_one_came_after_the_other(
     open_guest: Callable[..., Guest], on: str, state: str, first: str, second: str
 ) -> None:
     closing = "close-partition" in (first, second)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def harm(stderr: str) -> list[str]:
-    """What must not be said by an interpreter that ends."""
+    """The lines of stderr that show a crash or an error at exit."""
     return re.findall(r"^.*(?:panicked|Fatal|fatal|abort|Exception ignored|Traceback).*$", stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["open", "closed"])
-def test_the_interpreter_ends_well_with_routes_alive(backend: Backend, closed: bool) -> None:
+def test_the_interpreter_ends_cleanly_with_routes_alive(backend: Backend, closed: bool) -> None:
     code = f"""
 from mshv_irqfd import *
 partition = open_partition({backend.name!r})
@@ -44,11 +44,11 @@ if {closed}:
     assert ("ResourceWarning: unclosed <" in ended.stderr) == (not closed)
 
 
-def test_the_interpreter_ends_well_with_routes_that_outlive_the_modules(backend: Backend) -> None:
+def test_the_interpreter_ends_cleanly_with_routes_that_outlive_the_modules(backend: Backend) -> None:
     code = f"""
 import sys
 from mshv_irqfd import open_partition
-# Keeps this module's names until the other modules have lost theirs.
+    # Keeps this module's names until the other modules have lost theirs.
 sys.unraisablehook = lambda it: None
 partition = open_partition({backend.name!r})
 routes = [partition.new_irqfd_route() for _ in range(2)]
@@ -91,8 +91,8 @@ def work():
         {work}
 
 class Last:
-    # Goes when no thread but this one may come back to Python. Waits until the other has tried to, wherever it was: it
-    # has ended, or waits for ever.
+    # Finalized when no other thread may return to Python. Waits until the daemon has tried to: it has ended, or waits
+    # for ever.
     def __del__(self, open=open, sleep=time.sleep):
         while True:
             try:
@@ -113,16 +113,16 @@ last.doing = f"/proc/self/task/{{daemon.native_id}}/syscall"
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_the_interpreter_ends_while_a_daemon_thread_is_in(backend: Backend, work: str) -> None:
+def test_the_interpreter_ends_while_a_daemon_thread_is_in_a_call(backend: Backend, work: str) -> None:
     waiting = work == "waiting"
     if waiting and backend.name == "mshv":
-        pytest.skip("mshv does not tell which interrupts arrived, so there is no waiting for them")
+        pytest.skip("mshv does not report interrupts, so nothing waits for them")
     code = WITH_A_DAEMON.format(name=backend.name, work=WORK[work], turns=0 if waiting else 3)
     ended = run_python(code, "-W", "ignore")
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_leaving_the_interpreter_out_of_with_closes_and_says_nothing(backend: Backend) -> None:
+def test_exiting_the_interpreter_inside_with_closes_and_prints_nothing(backend: Backend) -> None:
     code = f"""
 import sys
 from mshv_irqfd import MsiRoute, open_partition
@@ -136,9 +136,9 @@ with open_partition({backend.name!r}) as partition, partition.new_irqfd_route() 
 
 
 @pytest.mark.parametrize("inside", ["with", "globals"])
-def test_ctrl_c_during_a_wait_ends_the_interpreter_as_any_other(backend: Backend, inside: str) -> None:
+def test_ctrl_c_during_a_wait_ends_the_interpreter(backend: Backend, inside: str) -> None:
     if backend.name == "mshv":
-        pytest.skip("mshv does not tell which interrupts arrived, so there is no waiting for them")
+        pytest.skip("mshv does not report interrupts, so nothing waits for them")
     code = f"""
 import os, signal, threading
 from contextlib import ExitStack, nullcontext
@@ -162,7 +162,7 @@ with partition if {inside == "with"} else nullcontext():
     assert ("unclosed" in ended.stderr) == (inside == "globals")
 
 
-def test_a_finalizer_that_uses_what_is_ours_while_the_interpreter_ends_gets_our_errors(backend: Backend) -> None:
+def test_a_finalizer_that_runs_while_the_interpreter_ends_gets_the_packages_errors(backend: Backend) -> None:
     code = f"""
 import os
 from mshv_irqfd import open_partition
@@ -189,7 +189,7 @@ os.close(late.closed)
 
 @pytest.mark.parametrize("reused", [False, True], ids=["free", "reused"])
 @pytest.mark.parametrize("how", ["del", "end"])
-def test_a_partition_whose_descriptor_somebody_closed_goes_with_errors_for_the_hook_only(
+def test_finalizing_a_partition_whose_descriptor_someone_else_closed_reports_to_the_hook_only(
     backend: Backend, how: str, reused: bool
 ) -> None:
     if backend.name == "simulated":
@@ -200,7 +200,7 @@ from mshv_irqfd import MsiRoute, open_partition
 class Last:
     def __del__(self, write=os.write, fstat=os.fstat):
         fstat(self.taken)
-        write(1, b"what took its number is open ")
+        write(1, b"the reused number is open ")
 last = Last()
 def hook(it, write=os.write):
     write(1, f"{{it.exc_type.__name__}} {{it.exc_value.errno}} ".encode())
@@ -221,6 +221,6 @@ if {how!r} == "del":
     ended = run_python(code, "-W", "ignore")
     assert (ended.returncode, ended.stderr) == (0, "")
     told = f"IrqFdError {errno.ENOTTY if reused else errno.EBADF} "
-    assert ended.stdout.replace(told, "") == "what took its number is open "
-    # At the interpreter's end there is no hook any more.
+    assert ended.stdout.replace(told, "") == "the reused number is open "
+    # At interpreter exit the hook is gone.
     assert (told in ended.stdout) == (how == "del")

@@ -1,4 +1,4 @@
-"""Threads: a partition is shared safely, nothing waits with the interpreter held, and Ctrl-C ends waits."""
+"""Threads share a partition and its routes safely."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def in_threads(number_of_threads: int, work: Callable[[int], object]) -> None:
-    """Runs work in many threads at once, and lets their errors through."""
+    """Runs work in many threads at once, and fails if any of them raises."""
     errors, gate = list[BaseException](), threading.Barrier(number_of_threads)
 
     def run(number: int) -> None:
@@ -35,7 +35,7 @@ def in_threads(number_of_threads: int, work: Callable[[int], object]) -> None:
     assert errors == []
 
 
-def test_routes_made_by_many_threads_have_each_their_gsi(guest: Guest) -> None:
+def test_routes_made_by_many_threads_each_have_their_own_gsi(guest: Guest) -> None:
     routes: list[IrqFdRoute] = []
     in_threads(8, lambda _: routes.extend(guest.partition.new_irqfd_route() for _ in range(25)))
     assert sorted(route.gsi for route in routes) == list(range(24, 224))
@@ -70,7 +70,7 @@ def test_threads_that_use_routes_of_their_own_do_not_disturb_each_other(guest: G
     still_works(guest)
 
 
-def test_threads_that_share_a_route_leave_it_as_the_last_of_them_said(guest: Guest) -> None:
+def test_threads_that_share_a_route_leave_it_consistent(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
 
         def change(number: int) -> None:
@@ -111,7 +111,7 @@ def test_one_eventfd_brought_by_many_threads_becomes_one_route(guest: Guest) -> 
     os.close(fd)
 
 
-def test_a_partition_closed_under_its_users_gives_them_closed_error_only(backend: Backend) -> None:
+def test_a_partition_closed_while_in_use_raises_only_closed_error(backend: Backend) -> None:
     for _ in range(5):
         partition = backend.open()
         busy = threading.Semaphore(0)
@@ -153,7 +153,7 @@ def test_signals_of_many_threads_become_interrupts_of_their_routes(simulated: Gu
         route.close()
 
 
-def test_reading_a_route_never_waits_for_those_who_change_it(guest: Guest) -> None:
+def test_reading_a_route_never_waits_for_changes_to_it(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         stop = threading.Event()
 
@@ -166,21 +166,21 @@ def test_reading_a_route_never_waits_for_those_who_change_it(guest: Guest) -> No
         thread = threading.Thread(target=change)
         thread.start()
         try:
-            until(lambda: route.msi is not None, "an MSI was set")
+            until(lambda: route.msi is not None, "an MSI is set")
             seen: set[MsiRoute | None] = set()
 
             def both() -> bool:
                 seen.add(route.msi)
                 return seen >= {msi(0x41), msi(0x42)}
 
-            until(both, "both MSIs were seen")
+            until(both, "both MSIs are seen")
             assert seen == {msi(0x41), msi(0x42)}
         finally:
             stop.set()
             thread.join()
 
 
-def test_an_error_of_one_thread_is_not_anothers(simulated: Guest) -> None:
+def test_an_error_in_one_thread_does_not_reach_another(simulated: Guest) -> None:
     def misuse(number: int) -> None:
         for _ in range(50):
             with simulated.partition.new_irqfd_route() as route:

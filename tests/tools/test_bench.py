@@ -1,4 +1,4 @@
-"""`mshv-irqfd bench`: its parts work and say what they can't do. No test looks at how fast anything is."""
+"""`mshv-irqfd bench`: its parts work, and report their limits. No test checks a speed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_quick_run_measures_every_workload_with_every_design(backend: str, tmp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_workload_of_the_python_designs_can_follow_any_other(backend: str) -> None:
+def test_any_workload_of_a_python_design_can_follow_any_other(backend: str) -> None:
     for name in designs.of_backend(backend):
         design = designs.MAKERS[name](backend, 3)
         try:
@@ -85,18 +85,18 @@ def test_one_by_one_the_package_pushes_once_for_every_route_it_brings_up() -> No
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_a_plot_is_drawn_from_a_run(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"plot.{suffix}"
-    # Elsewhere, because numpy keeps threads.
+    # In another process, because numpy keeps threads.
     arguments = ["bench", "--quick", "--backend", "null", "--workloads", "push", "--plot", str(file)]
     subprocess.run([sys.executable, "-m", "mshv_irqfd.cli", *arguments], check=True, capture_output=True)
     assert file.read_bytes()[:4] == {"svg": b"<?xm", "png": b"\x89PNG"}[suffix]
 
 
-def test_comparing_says_what_became_slower_and_what_did_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparing_tells_slower_rows_from_unchanged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tmp_path / "a.json"
     arguments = ["bench", "--quick", "--backend", "null", "--routes", "1", "--workloads", "push,signal"]
     assert cli.main([*arguments, "--json", str(before)]) == 0
     run = results.read(before)
-    # Figures without the noise of this machine, of the same shape.
+    # Fixed figures of the same shape, without the noise of a measurement.
     for row in run["rows"]:
         row["designs"]["package"] |= {"median_ns": 1000.0, "median_low_ns": 990.0, "median_high_ns": 1010.0}
     results.write(before, run)
@@ -125,7 +125,7 @@ def test_comparing_says_what_became_slower_and_what_did_not(tmp_path: Path, caps
         (["--plot", "plot.gif"], "must end in"),
     ],
 )
-def test_a_bad_option_is_refused_with_what_would_be_right(
+def test_a_bad_option_is_refused_with_a_correction(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -136,7 +136,7 @@ def test_a_bad_option_is_refused_with_what_would_be_right(
 
 @needs_matplotlib
 @pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_directory_that_is_not_there_is_told_before_measuring(
+def test_a_missing_directory_is_reported_before_measuring(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", option, str(tmp_path / "none" / "run.svg")]) == 2
@@ -151,7 +151,7 @@ def test_a_directory_that_is_not_there_is_told_before_measuring(
         ("rich", ["bench", "compare", "a.json", "b.json"]),
     ],
 )
-def test_a_missing_extra_is_told_with_the_command_that_installs_it(
+def test_a_missing_extra_is_reported_with_the_command_that_installs_it(
     missing: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == missing else object())
@@ -159,7 +159,7 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     assert capsys.readouterr().err == f'mshv-irqfd bench: the bench needs {missing}: pip install "mshv_irqfd[bench]"\n'
 
 
-def test_a_file_that_is_no_result_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_result_is_reported_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, text in enumerate(["", "[]", json.dumps({"format": -1})]):
         file = tmp_path / f"{number}.json"
         file.write_text(text)
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_result_is_told_by_name(tmp_path: Path, capsys: pytest
         assert str(file) in capsys.readouterr().err
 
 
-def test_too_few_descriptors_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_descriptors_are_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_kind: int, _limits: tuple[int, int]) -> None:
         raise PermissionError
 
@@ -186,7 +186,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatc
     assert asked == [(20_000, 20_000)]
 
 
-def test_a_ratio_is_of_the_same_round_and_not_said_where_it_spreads() -> None:
+def test_a_ratio_compares_one_round_and_means_nothing_if_it_spreads() -> None:
     steady = measure.Cell("push", 1, {"package": [2.0, 20.0, 200.0], "floor": [1.0, 10.0, 100.0]})
     ratio = steady.ratio("package", "floor")
     assert ratio is not None
@@ -196,7 +196,9 @@ def test_a_ratio_is_of_the_same_round_and_not_said_where_it_spreads() -> None:
     assert not spread.is_meaningful
 
 
-def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_would_take_too_long_is_left_out_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "run.json"
     arguments = ["bench", "--quick", "--backend", "null", "--routes", "1,64", "--workloads", "create", "--longest", "0"]
     assert cli.main([*arguments, "--json", str(file)]) == 0
@@ -208,17 +210,17 @@ def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path, capsys: p
     ("value", "shown"),
     [(1.046, "1.05 ±0%"), (0.6, "0.60 ±0%"), (0.1008, "1/9.92 ±0%"), (1 / 1090, "1/1090 ±0%"), (2000.0, ">1000")],
 )
-def test_a_ratio_is_shown_as_people_say_it(value: float, shown: str) -> None:
+def test_a_ratio_is_shown_in_a_readable_form(value: float, shown: str) -> None:
     report = pytest.importorskip("mshv_irqfd.cli.bench.report", reason="needs rich")
     assert report.ratio({"value": value, "low": value, "high": value}) == shown
 
 
-def test_what_the_design_before_left_in_the_caches_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_design_is_not_measured_on_the_caches_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     last: list[object] = []
 
     class Cold:
         def run(self, _workload: str, calls: int) -> int:
-            """Ten times as slow, the first time after another."""
+            """Ten times as slow on the first call after another design."""
             cold = last != [self]
             last[:] = [self]
             return measure.SAMPLE * (calls + 9 * cold)
@@ -233,7 +235,7 @@ def test_what_the_design_before_left_in_the_caches_is_not_measured(monkeypatch: 
     assert {sample for samples in cell.samples.values() for sample in samples} == {measure.SAMPLE}
 
 
-def test_what_only_began_slowly_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_is_slow_only_at_first_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = chain([1000.0], repeat(0.001))
 
     class Slow:

@@ -1,4 +1,4 @@
-"""The examples in the docstrings do what they show."""
+"""The examples in docstrings run and print the output that they show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize("name", ["MsiRoute", "EventFd", "IrqFdRoute", "Batch", "open_partition"])
-def test_an_example_shows_what_happens(name: str) -> None:
+def test_the_example_of_a_docstring_prints_what_it_shows(name: str) -> None:
     names = {public: getattr(mshv_irqfd, public) for public in mshv_irqfd.__all__}
     (test,) = doctest.DocTestFinder(recurse=False).find(names[name], name, globs=names)
     result = doctest.DocTestRunner().run(test)

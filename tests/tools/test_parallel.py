@@ -1,4 +1,4 @@
-"""Tests run beside themselves in several threads: on fixtures of their own, unless what they do is the process's."""
+"""`make parallel`: each thread of a test has its own fixtures, and tests of process-wide state run in one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import run_python
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "tests" / "rules"
-# It counts the pushes of its partition, which would be those of both threads.
+# It counts the pushes of its partition, so it fails if two threads share one.
 SHARED = "4_no_push_without_need/test_pushes.py::test_a_batch_is_one_push"
 ALONE = [
     (
@@ -22,7 +22,7 @@ ALONE = [
         "calls thread-unsafe function: in_child",
     ),
     (
-        "5_only_the_owner_acts/test_finalizers.py::test_what_was_closed_is_dropped_without_a_word",
+        "5_only_the_owner_acts/test_finalizers.py::test_closed_objects_are_dropped_without_a_warning",
         "calls thread-unsafe function: recorded",
     ),
     (
@@ -34,7 +34,7 @@ ALONE = [
 
 @pytest.fixture(scope="module")
 def report() -> str:
-    """What pytest says of these tests, run in two threads on the simulated backend."""
+    """The output of pytest on these tests, in two threads on the simulated backend."""
     words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--parallel-threads=2"]
     run = subprocess.run(
         [*words, *(str(RULES / test) for test in (SHARED, *(test for test, _ in ALONE)))],
@@ -50,12 +50,12 @@ def outcome(report: str, test: str) -> str:
     return line
 
 
-def test_threads_that_run_a_test_have_each_their_own_fixtures(report: str) -> None:
+def test_each_thread_that_runs_a_test_has_its_own_fixtures(report: str) -> None:
     assert "PARALLEL PASSED" in outcome(report, SHARED)
 
 
 @pytest.mark.parametrize(("test", "reason"), ALONE, ids=[test for test, _ in ALONE])
-def test_a_test_of_what_is_the_processs_runs_alone(report: str, test: str, reason: str) -> None:
+def test_a_test_of_process_wide_state_runs_in_one_thread(report: str, test: str, reason: str) -> None:
     assert f"PASSED [thread-unsafe]: {reason}" in outcome(report, test)
 
 
@@ -63,7 +63,7 @@ def test_a_test_of_what_is_the_processs_runs_alone(report: str, test: str, reaso
     not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs a Python without the GIL: run `make free-threaded`"
 )
 def test_importing_the_package_leaves_the_gil_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    # With this variable it stays off whatever a module says of itself.
+    # With this variable set the GIL stays off, whatever a module declares.
     monkeypatch.delenv("PYTHON_GIL", raising=False)
     ended = run_python("import mshv_irqfd, sys; print(sys._is_gil_enabled())", "-W", "error")
     assert (ended.stdout, ended.stderr) == ("False\n", "")

@@ -1,4 +1,4 @@
-"""`mshv-irqfd probe`: finds what the package expects, says so when a kernel differs, and needs a kernel."""
+"""`mshv-irqfd probe`: passes on a kernel that behaves as expected, and reports each difference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arguments(backend: str) -> list[str]:
 
 
 @pytest.mark.parametrize("backend", DEVICE)
-def test_the_kernel_is_as_the_package_expects(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kernel_behaves_as_the_package_expects(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = main([*arguments(backend), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [row for row in report["rows"] if row["differs"]] == []
@@ -46,7 +46,9 @@ def test_a_kernel_that_behaves_otherwise_is_reported_with_the_row(
     assert "DIFFERS one eventfd on two GSIs" in capsys.readouterr().out
 
 
-def test_without_a_device_the_probe_says_which_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_device_the_probe_names_the_one_that_it_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["probe", "--backend", "kvm", "--device", str(tmp_path / "none")]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The README says what is so: its example runs as written and prints what it shows."""
+"""The README's example runs as written and prints the output shown."""
 
 from __future__ import annotations
 

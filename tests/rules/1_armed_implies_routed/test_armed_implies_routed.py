@@ -21,7 +21,7 @@ def test_an_armed_route_has_its_entry_in_the_table(guest: Guest) -> None:
         route.close()
 
 
-def test_a_push_meets_no_armed_irqfd_where_it_must_not(backend: Backend, open_guest: Open) -> None:
+def test_a_quiesced_push_meets_no_armed_irqfd(backend: Backend, open_guest: Open) -> None:
     guest = open_guest()
     assert guest.partition.quiesce is backend.quiesces
     routes = [guest.partition.new_irqfd_route() for _ in range(4)]
@@ -54,7 +54,7 @@ def test_quiescing_is_an_option(open_guest: Open, quiesce: bool) -> None:
     second.close()
 
 
-def test_a_cleared_route_forgets_its_msi_and_raises_nothing(guest: Guest) -> None:
+def test_a_cleared_route_forgets_its_msi_and_is_disarmed(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         route.clear_msi()

@@ -5,22 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import pytest
 from support import msi
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from backends import Backend, Guest
 
 
-@pytest.fixture
-def theirs(for_each_thread: Callable[..., int]) -> int:
-    """A caller's eventfd."""
-    return for_each_thread(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.close)
-
-
-def test_signals_from_before_the_route_are_its_first_interrupt(guest: Guest, theirs: int) -> None:
+def test_signals_from_before_the_route_become_its_first_interrupt(guest: Guest, theirs: int) -> None:
     os.eventfd_write(theirs, 3)
     with guest.partition.new_irqfd_route(event=theirs) as route:
         assert route.pending
@@ -28,7 +19,7 @@ def test_signals_from_before_the_route_are_its_first_interrupt(guest: Guest, the
         guest.receives(msi(0x41))
 
 
-def test_closing_a_route_leaves_the_callers_eventfd_and_its_signals_alone(guest: Guest, theirs: int) -> None:
+def test_signals_after_a_route_is_closed_stay_in_the_callers_eventfd(guest: Guest, theirs: int) -> None:
     route = guest.partition.new_irqfd_route(event=theirs)
     route.set_msi(msi(0x41))
     route.close()
@@ -37,7 +28,7 @@ def test_closing_a_route_leaves_the_callers_eventfd_and_its_signals_alone(guest:
     assert os.eventfd_read(theirs) == 2
 
 
-def test_signals_that_wait_when_a_route_is_closed_stay_in_the_callers_eventfd(guest: Guest, theirs: int) -> None:
+def test_signals_pending_when_a_route_is_closed_stay_in_the_callers_eventfd(guest: Guest, theirs: int) -> None:
     route = guest.partition.new_irqfd_route(event=theirs)
     route.set_msi(msi(0x41))
     route.mask()
@@ -47,7 +38,7 @@ def test_signals_that_wait_when_a_route_is_closed_stay_in_the_callers_eventfd(gu
     assert os.eventfd_read(theirs) == 2
 
 
-def test_a_caller_keeps_the_signals_that_come_after_closing(backend: Backend) -> None:
+def test_signals_after_a_partition_is_closed_stay_in_the_callers_eventfd(backend: Backend) -> None:
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     with backend.open() as partition:
         route = partition.new_irqfd_route(event=fd)

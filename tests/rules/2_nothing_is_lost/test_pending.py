@@ -1,4 +1,4 @@
-"""Nothing is lost: signals that find no armed route wait in the eventfd, and arming answers them with one interrupt."""
+"""Rule 2: signals stay pending while a route is not armed, and arming delivers one interrupt for all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Open = Callable[..., Guest]
 
 
 def leave(_: IrqFdRoute) -> None:
-    """A new route is unarmed as it is."""
+    """Does nothing: a new route is not armed."""
 
 
 def mask(route: IrqFdRoute) -> None:
@@ -58,7 +58,7 @@ unarmed = pytest.mark.parametrize(("disarm", "arm"), UNARMED.values(), ids=UNARM
 
 @unarmed
 @pytest.mark.parametrize("signals", [1, 5])
-def test_signals_wait_until_the_route_is_armed_and_become_one_interrupt(
+def test_signals_stay_pending_until_the_route_is_armed_and_become_one_interrupt(
     guest: Guest, disarm: Callable[[IrqFdRoute], object], arm: Callable[[IrqFdRoute], object], signals: int
 ) -> None:
     with guest.partition.new_irqfd_route() as route:
@@ -74,7 +74,7 @@ def test_signals_wait_until_the_route_is_armed_and_become_one_interrupt(
         assert not route.pending
 
 
-def test_masking_keeps_what_waits(guest: Guest) -> None:
+def test_masking_keeps_pending_signals(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.signal()
         for _ in range(2):
@@ -96,7 +96,7 @@ def test_arming_without_a_signal_raises_nothing(
 
 
 @unarmed
-def test_what_is_consumed_is_not_raised(
+def test_a_consumed_signal_raises_no_interrupt(
     guest: Guest, disarm: Callable[[IrqFdRoute], object], arm: Callable[[IrqFdRoute], object]
 ) -> None:
     with guest.partition.new_irqfd_route() as route:
@@ -106,7 +106,7 @@ def test_what_is_consumed_is_not_raised(
         assert route.pending is False
         assert route.consume_pending() is False
         arm(route)
-        # Disarming ends what arming began.
+        # Disarming flushes the work that arming began.
         route.mask()
         guest.receives_nothing()
 
@@ -152,7 +152,7 @@ def test_arming_leaves_nothing_in_the_counter_of_a_blocking_eventfd_and_does_not
         os.close(theirs)
 
 
-def test_a_second_arming_does_not_raise_again_what_the_first_did(guest: Guest) -> None:
+def test_a_second_arming_does_not_repeat_the_interrupt_of_the_first(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         route.mask()
@@ -219,13 +219,13 @@ def test_no_signal_is_lost_or_becomes_another_vector_while_routes_change(
                 seen += [interrupt.vector for interrupt in guest.poll()]
                 return bool(seen)
 
-            until(delivered, "the signal was delivered")
+            until(delivered, "the signal is delivered")
             assert set(seen) == {0x41}
     finally:
         done.set()
         changer.join()
     assert errors == []
-    # A signal that overlaps an arming may be delivered twice; what is left is of that kind.
+    # A signal that overlaps an arming may be delivered twice; the interrupts left are such second deliveries.
     route.close()
     other.close()
     assert {interrupt.vector for interrupt in guest.arrived()} <= {0x41}
@@ -244,7 +244,7 @@ def test_a_signal_that_finds_the_counter_full_succeeds(guest: Guest) -> None:
         os.close(theirs)
 
 
-def test_what_is_armed_delivers_before_it_is_disarmed(open_simulated: Callable[..., SimulatedGuest]) -> None:
+def test_an_armed_route_delivers_before_it_is_disarmed(open_simulated: Callable[..., SimulatedGuest]) -> None:
     guest = open_simulated()
     with guest.partition.new_irqfd_route() as route:
         for _ in range(100):
@@ -256,7 +256,7 @@ def test_what_is_armed_delivers_before_it_is_disarmed(open_simulated: Callable[.
             route.unmask()
 
 
-def test_what_was_signalled_before_the_mask_is_delivered(guest: Guest) -> None:
+def test_a_signal_before_the_mask_is_delivered(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         route.signal()

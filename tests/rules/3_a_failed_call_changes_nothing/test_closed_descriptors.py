@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from mshv_irqfd import GsiState, IrqFdError
-from support import close_behind_its_back, msi, run_python, still_works
+from support import close_as_someone_else, msi, run_python, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from backends import Guest
 
 
-def test_an_eventfd_closed_behind_our_back_gives_ebadf_and_the_rest_works(guest: Guest) -> None:
+def test_an_eventfd_closed_by_someone_else_gives_ebadf_and_the_rest_works(guest: Guest) -> None:
     route = guest.partition.new_irqfd_route()
-    close_behind_its_back(route.fileno())
+    close_as_someone_else(route.fileno())
     uses: tuple[Callable[[], object], ...] = (
         lambda: route.set_msi(msi(0x41)),
         route.signal,
@@ -34,27 +34,27 @@ def test_an_eventfd_closed_behind_our_back_gives_ebadf_and_the_rest_works(guest:
     still_works(guest)
 
 
-def test_an_armed_eventfd_closed_behind_our_back_stops_no_push(open_guest: Callable[..., Guest]) -> None:
+def test_an_armed_eventfd_closed_by_someone_else_stops_no_push(open_guest: Callable[..., Guest]) -> None:
     guest = open_guest(quiesce=True)
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     other.set_msi(msi(0x42))
-    close_behind_its_back(route.fileno())
+    close_as_someone_else(route.fileno())
     other.set_msi(msi(0x43))
     other.signal()
     guest.receives(msi(0x43))
     assert (route.state, other.state) == (GsiState.BROKEN, GsiState.ENABLED)
-    # Closing tries once more, and may say so.
+    # Closing retries the disarming, which may fail again.
     with suppress(IrqFdError):
         guest.partition.close()
 
 
-def test_an_armed_eventfd_closed_behind_our_back_spoils_nothing_else(guest: Guest) -> None:
+def test_an_armed_eventfd_closed_by_someone_else_breaks_no_other_route(guest: Guest) -> None:
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     other.set_msi(msi(0x42))
-    close_behind_its_back(route.fileno())
-    # A kernel disarms by itself then; that it could not be asked to is an error all the same.
+    close_as_someone_else(route.fileno())
+    # A kernel disarms by itself when an eventfd is closed; that the disarming failed is still an error.
     with pytest.raises(IrqFdError) as failed:
         route.close()
     assert failed.value.errno == errno.EBADF
@@ -63,16 +63,16 @@ def test_an_armed_eventfd_closed_behind_our_back_spoils_nothing_else(guest: Gues
     guest.receives(msi(0x42))
     other.close()
     still_works(guest)
-    # Closing the partition tries once more, and may say so.
+    # Closing the partition retries the disarming, which may fail again.
     with suppress(IrqFdError):
         guest.partition.close()
     assert guest.partition.closed
 
 
 @pytest.mark.parametrize("armed", [False, True])
-def test_a_partition_fd_closed_behind_our_back_gives_errors_and_no_abort(backend: Any, armed: bool) -> None:
+def test_a_partition_fd_closed_by_someone_else_gives_errors_and_no_abort(backend: Any, armed: bool) -> None:
     if backend.name == "simulated":
-        # It has no descriptor of its own to close.
+        # A simulated partition has no descriptor to close.
         with pytest.raises(OSError, match="no file descriptor"), backend.open() as partition:
             partition.fileno()
         return

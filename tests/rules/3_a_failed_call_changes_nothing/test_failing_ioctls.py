@@ -1,4 +1,4 @@
-"""Whichever ioctl of making a partition or a VP fails: nothing stays behind, and what failed can be done again."""
+"""Rule 3: opening, adopting and creating a VP leave nothing behind if any ioctl fails, and a second try succeeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(params=["kvm", "mshv"])
 def kernel(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backend:
-    """Each hypervisor that is spoken to by ioctls."""
+    """Each hypervisor that has ioctls."""
     need_faults(request.param)
     return Backend(request.param)
 
@@ -34,7 +34,7 @@ def ioctls(kernel: Backend) -> Iterator[KernelFaults]:
 
 
 def errnos_of_failures(name: str, ioctls: KernelFaults, make: Callable[[], Partition]) -> list[int | None]:
-    """Makes partitions with one ioctl after another failing, until none is left, and says with what each ended."""
+    """Makes partitions with each ioctl failing in turn, and returns the errno of each failure."""
     errnos: list[int | None] = []
     for k in count():
         ioctls.clear()
@@ -54,7 +54,7 @@ def errnos_of_failures(name: str, ioctls: KernelFaults, make: Callable[[], Parti
 
 def test_opening_a_partition_fails_cleanly_whichever_ioctl_fails(kernel: Backend, ioctls: KernelFaults) -> None:
     errnos = errnos_of_failures(kernel.name, ioctls, partial(kernel.open, vps=2))
-    assert len(errnos) > 3, "hardly anything failed: the test shows nothing"
+    assert len(errnos) > 3, "hardly anything failed: the test proves nothing"
     assert set(errnos) == {errno.ENOMEM}
     guest = kernel.guest(kernel.open(vps=2))
     still_works(guest)
@@ -66,7 +66,7 @@ def test_adopting_a_vm_fails_cleanly_whichever_ioctl_fails() -> None:
     vm = KvmVm()
     with KernelFaults() as ioctls:
         errnos = errnos_of_failures("adopted", ioctls, partial(Partition.from_fd, vm, "kvm"))
-    assert len(errnos) > 1, "hardly anything failed: the test shows nothing"
+    assert len(errnos) > 1, "hardly anything failed: the test proves nothing"
     assert set(errnos) == {errno.ENOMEM}
     with Partition.from_fd(vm, "kvm") as partition, partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
@@ -76,7 +76,7 @@ def test_adopting_a_vm_fails_cleanly_whichever_ioctl_fails() -> None:
 
 
 @pytest.mark.parametrize("k", range(3))  # KVM makes three calls, mshv one
-def test_a_vp_that_could_not_be_made_can_be_made_later(kernel: Backend, ioctls: KernelFaults, k: int) -> None:
+def test_a_vp_whose_creation_failed_can_be_created_later(kernel: Backend, ioctls: KernelFaults, k: int) -> None:
     guest = kernel.guest(kernel.open())
     ioctls.fail(guest.partition, "create_vp", errno.ENOMEM, after=k)
     if kernel.name == "kvm" or k == 0:

@@ -1,4 +1,4 @@
-"""Failed calls change nothing: each call into the kernel is made to fail in turn, and those of the way back too."""
+"""Rule 3: failed calls change nothing. Each call into the kernel fails in turn, and so does each call of a rollback."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Intents = list[tuple[GsiState, bool, MsiRoute | None, bool]]
 
 @dataclass
 class Setting:
-    """Two armed routes, one masked, one without an MSI; a signal waits on each of the latter two."""
+    """Two armed routes, one masked, one without an MSI; a signal is pending on each of the latter two."""
 
     guest: Guest
     faults: Faults
     routes: list[IrqFdRoute] = field(default_factory=list)
     asked: list[set[MsiRoute]] = field(default_factory=list)
-    """The MSIs that each route was ever asked to have: nothing else may arrive from it."""
+    """The MSIs that the test ever sets on each route: it may raise no others."""
     waiting: list[bool] = field(default_factory=list)
 
     @property
@@ -52,7 +52,7 @@ class Setting:
         self.faults.fail(self.partition, call, number, after=after, times=times)
 
     def try_to(self, operation: Callable[[Setting], object]) -> RoutingError | IrqFdError | None:
-        """Does something where calls may fail, and says with which failure it ended."""
+        """Runs an operation with the faults in force, and returns its error, if any."""
         try:
             self.faults.run(lambda: operation(self))
         except (RoutingError, IrqFdError) as error:
@@ -60,7 +60,7 @@ class Setting:
         return None
 
     def close(self) -> None:
-        # A fault that has not struck yet does now.
+        # A fault that is left strikes here.
         with suppress(IrqFdError):
             self.partition.close()
 
@@ -147,20 +147,20 @@ def check_that_armed_is_routed(it: Setting) -> None:
 
 
 def check_that_nothing_is_lost_or_bogus(it: Setting) -> None:
-    """A signal that waited is waiting still, or arrived once as an MSI that its route was asked to have."""
+    """A pending signal is still pending, or has arrived once as an MSI that was set on its route."""
     arrived = Counter[int]()
 
     def accounted_for() -> bool:
-        # KVM injects what was pending from a work item, and a broken irqfd can't be taken away to wait for it.
+        # KVM injects pending signals from a work item, and a broken irqfd can't be disarmed to flush it.
         arrived.update(interrupt.vector for interrupt in it.guest.arrived())
         told = zip(it.routes, it.asked, it.waiting, strict=True)
         return all(route.pending + sum(arrived[one.vector] for one in asked) >= count for route, asked, count in told)
 
-    until(accounted_for, "what waited arrived or waits")
+    until(accounted_for, "each pending signal has arrived or is still pending")
     for route, asked, waiting in zip(it.routes, it.asked, it.waiting, strict=True):
         mine = sum(arrived.pop(one.vector, 0) for one in asked)
         assert mine + route.pending == waiting
-    assert not arrived, "from nowhere"
+    assert not arrived, "bogus interrupts arrived"
     it.waiting = [route.pending for route in it.routes]
 
 
@@ -179,7 +179,7 @@ def check_that_armed_routes_deliver(it: Setting) -> None:
 
 
 def undisturbed(operation: Callable[[Setting], object], it: Setting) -> tuple[dict[Call, int], Intents]:
-    """How many calls of each kind an operation makes, and what it leads to."""
+    """The number of calls of each kind that an operation makes without faults, and the state after it."""
     before = it.partition.stats()
     operation(it)
     after, wanted = it.partition.stats(), intents(it)
@@ -194,7 +194,7 @@ def undisturbed(operation: Callable[[Setting], object], it: Setting) -> tuple[di
 @operations
 @quiesces
 @pytest.mark.parametrize("call", CALLS)
-def test_whichever_call_fails_everything_is_as_before_and_works_afterwards(
+def test_if_any_call_fails_everything_is_as_before_and_works_afterwards(
     backend: Backend,
     setting: Callable[..., Setting],
     operation: Callable[[Setting], object],
@@ -208,7 +208,7 @@ def test_whichever_call_fails_everything_is_as_before_and_works_afterwards(
         it.fail(call, errno.ENOMEM, after=k)
         failed = it.try_to(operation)
         if failed is None:
-            assert k == calls[call], "each call of this kind has failed once"
+            assert k == calls[call], "each call of this kind must fail once"
             it.close()
             return
         tried[backend.name, "one call fails"] += 1
@@ -227,7 +227,7 @@ def test_whichever_call_fails_everything_is_as_before_and_works_afterwards(
         it.close()
 
 
-def test_the_operations_make_calls_of_each_kind_to_fail(setting: Callable[..., Setting]) -> None:
+def test_the_operations_make_calls_of_each_kind(setting: Callable[..., Setting]) -> None:
     counts = {
         name: tuple(undisturbed(operation, setting(quiesce=True))[0].values()) for name, operation in OPERATIONS.items()
     }
@@ -247,7 +247,7 @@ def test_the_operations_make_calls_of_each_kind_to_fail(setting: Callable[..., S
 @operations
 @quiesces
 @pytest.mark.parametrize("times", [1, 9], ids=["once-more", "for-long"])
-def test_if_the_way_back_fails_too_nothing_but_broken_routes_is_lost(
+def test_if_the_rollback_fails_too_only_broken_routes_are_lost(
     backend: Backend,
     setting: Callable[..., Setting],
     operation: Callable[[Setting], object],
@@ -266,9 +266,9 @@ def test_if_the_way_back_fails_too_nothing_but_broken_routes_is_lost(
                 struck = it.partition.stats().failures
                 check_that_nothing_but_broken_routes_is_lost(it)
                 if failed.errno == errno.ENOMEM and struck == 1:
-                    # No call of the second kind is left on the way back: each has failed once.
+                    # The rollback has no further call of the second kind: each has failed once.
                     break
-                tried[backend.name, "the way back fails too"] += struck > 1
+                tried[backend.name, "the rollback fails too"] += struck > 1
 
 
 def check_that_nothing_but_broken_routes_is_lost(it: Setting) -> None:
@@ -280,7 +280,7 @@ def check_that_nothing_but_broken_routes_is_lost(it: Setting) -> None:
     assert [route for route in it.routes if route.state is GsiState.BROKEN] == broken
     for route in it.routes:
         if route not in broken:
-            # Arms what could not be armed again, as the message says.
+            # Arms a route that is waiting to be re-armed, as the error's message says.
             route.unmask()
             assert route.armed == (route.msi is not None)
     check_that_armed_is_routed(it)
@@ -301,11 +301,11 @@ def check_that_the_broken_refuse(broken: list[IrqFdRoute]) -> None:
 
 
 def let_all_faults_strike(it: Setting) -> set[int]:
-    """Uses up the faults that are left, on routes made for it. Returns the GSIs of those that were broken by it."""
+    """Uses up the faults that are left, on new routes. Returns the GSIs of those that it broke."""
     broken: set[int] = set()
     clean = 0
     vectors = cycle(range(0x70, 0xA0))
-    # A fault lets at most a handful of calls through, and each clean round makes one of each kind.
+    # A fault lets a few calls through at most, and each clean round makes one of each kind.
     while clean < 6:
         route = it.partition.new_irqfd_route()
         uses = (partial(route.set_msi, msi(next(vectors))), route.mask, route.unmask, route.close)
@@ -321,7 +321,7 @@ def let_all_faults_strike(it: Setting) -> set[int]:
 
 
 def check_that_all_but(gone: set[int], it: Setting) -> None:
-    """GSIs are handed out lowest first but for those that are broken, and work."""
+    """All GSIs but the quarantined ones are handed out, lowest first, and work."""
     gsis = [gsi for gsi in it.partition.gsis if gsi not in gone][: len(gone) + 3]
     routes = [it.partition.new_irqfd_route() for _ in gsis]
     assert [route.gsi for route in routes] == gsis
@@ -334,9 +334,7 @@ def check_that_all_but(gone: set[int], it: Setting) -> None:
         route.close()
 
 
-def test_a_route_that_can_not_be_disarmed_on_the_way_back_is_broken(
-    open_guest: Callable[..., Guest], faults: Faults
-) -> None:
+def test_a_route_that_a_rollback_can_not_disarm_is_broken(open_guest: Callable[..., Guest], faults: Faults) -> None:
     guest = open_guest(quiesce=False)
     first, second, other = (guest.partition.new_irqfd_route() for _ in range(3))
     other.set_msi(msi(0x43))
@@ -356,7 +354,7 @@ def test_a_route_that_can_not_be_disarmed_on_the_way_back_is_broken(
     guest.receives(msi(0x44), msi(0x43))
     disarms = guest.partition.stats().disarms
     first.close()
-    assert guest.partition.stats().disarms == disarms + 1, "close() tries once more"
+    assert guest.partition.stats().disarms == disarms + 1, "close() must retry the disarming"
     assert guest.partition.gsi_state(24) is GsiState.BROKEN
     with guest.partition.new_irqfd_route() as new:
         assert new.gsi == 27
@@ -364,7 +362,7 @@ def test_a_route_that_can_not_be_disarmed_on_the_way_back_is_broken(
     other.close()
 
 
-def test_an_armed_route_left_on_another_msi_is_broken_and_silenced(
+def test_a_route_left_armed_on_a_stale_entry_is_broken_and_disarmed(
     open_guest: Callable[..., Guest], faults: Faults
 ) -> None:
     guest = open_guest(quiesce=False)
@@ -388,7 +386,7 @@ def test_an_armed_route_left_on_another_msi_is_broken_and_silenced(
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_what_could_not_be_armed_again_waits_and_unmask_arms_it(
+def test_unmask_arms_a_route_that_is_waiting_to_be_rearmed(
     open_guest: Callable[..., Guest], faults: Faults, k: int
 ) -> None:
     guest = open_guest(quiesce=True)
@@ -399,18 +397,20 @@ def test_what_could_not_be_armed_again_waits_and_unmask_arms_it(
     faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM, after=k)
     with pytest.raises(RoutingError, match="not armed again") as failed:
         faults.run(partial(routes[0].set_msi, msi(0x51)))
-    [lapsed] = [route for route in routes if not route.armed]
-    assert str(lapsed.gsi) in str(failed.value)
-    assert (lapsed.state, lapsed.masked, lapsed.msi) == (GsiState.DISABLED, False, msi(0x41 + lapsed.gsi - 24))
-    lapsed.signal()
+    [waiting] = [route for route in routes if not route.armed]
+    assert str(waiting.gsi) in str(failed.value)
+    assert (waiting.state, waiting.masked, waiting.msi) == (GsiState.DISABLED, False, msi(0x41 + waiting.gsi - 24))
+    waiting.signal()
     guest.receives_nothing()
-    lapsed.unmask()
-    guest.receives(msi(0x41 + lapsed.gsi - 24))
+    waiting.unmask()
+    guest.receives(msi(0x41 + waiting.gsi - 24))
     for route in routes:
         route.close()
 
 
-def test_the_next_push_arms_what_could_not_be_armed_again(open_guest: Callable[..., Guest], faults: Faults) -> None:
+def test_the_next_push_arms_a_route_that_is_waiting_to_be_rearmed(
+    open_guest: Callable[..., Guest], faults: Faults
+) -> None:
     guest = open_guest(quiesce=True)
     first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     first.set_msi(msi(0x41))
@@ -450,7 +450,7 @@ def test_a_failed_mask_leaves_the_route_armed_and_unmasked(guest: Guest, faults:
         guest.receives(msi(0x41))
 
 
-def test_a_failed_unmask_leaves_the_signal_waiting(guest: Guest, faults: Faults) -> None:
+def test_a_failed_unmask_leaves_the_signal_pending(guest: Guest, faults: Faults) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         route.mask()
@@ -464,7 +464,7 @@ def test_a_failed_unmask_leaves_the_signal_waiting(guest: Guest, faults: Faults)
         guest.receives(msi(0x41))
 
 
-def test_what_a_failed_batch_had_armed_is_disarmed_again(guest: Guest, faults: Faults) -> None:
+def test_a_failed_batch_disarms_the_routes_that_it_armed(guest: Guest, faults: Faults) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(2)]
     faults.fail(guest.partition, "assign_irqfd", errno.EIO, after=1)
     batch = guest.partition.batch()
@@ -481,7 +481,7 @@ def test_what_a_failed_batch_had_armed_is_disarmed_again(guest: Guest, faults: F
         route.close()
 
 
-def test_a_failed_batch_forgets_what_was_asked_for(guest: Guest, faults: Faults) -> None:
+def test_a_failed_batch_forgets_its_changes(guest: Guest, faults: Faults) -> None:
     first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
     batch = guest.partition.batch()
@@ -496,9 +496,7 @@ def test_a_failed_batch_forgets_what_was_asked_for(guest: Guest, faults: Faults)
     second.close()
 
 
-def test_a_route_that_can_not_be_disarmed_closes_all_the_same_and_its_gsi_is_set_aside(
-    guest: Guest, faults: Faults
-) -> None:
+def test_a_route_that_can_not_be_disarmed_still_closes_and_its_gsi_is_quarantined(guest: Guest, faults: Faults) -> None:
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     other.set_msi(msi(0x42))
@@ -521,7 +519,7 @@ def test_a_route_that_can_not_be_disarmed_closes_all_the_same_and_its_gsi_is_set
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_closing_a_partition_goes_on_past_errors_and_raises_at_the_end(
+def test_closing_a_partition_continues_past_errors_and_raises_at_the_end(
     backend: Backend, faults: Faults, k: int
 ) -> None:
     partition = backend.open()
@@ -535,7 +533,7 @@ def test_closing_a_partition_goes_on_past_errors_and_raises_at_the_end(
     assert failed.value.gsi == 24 + k
     assert partition.closed
     assert all(route.closed for route in routes)
-    # The one that failed is tried once more at the end.
+    # close() retries the failed one at the end.
     assert partition.stats().disarms == disarms + 4
     partition.close()
 
@@ -552,7 +550,7 @@ def test_closing_a_partition_reports_every_failure(backend: Backend, faults: Fau
     assert partition.closed
 
 
-def test_closing_a_partition_tries_once_more_what_a_route_could_not_disarm(backend: Backend, faults: Faults) -> None:
+def test_closing_a_partition_retries_a_disarm_that_failed_when_a_route_closed(backend: Backend, faults: Faults) -> None:
     partition = backend.open()
     route = partition.new_irqfd_route()
     route.set_msi(msi(0x41))
@@ -563,7 +561,7 @@ def test_closing_a_partition_tries_once_more_what_a_route_could_not_disarm(backe
     assert (partition.stats().disarms, partition.stats().failures) == (1, 1)
 
 
-def test_closing_never_pushes_or_arms_whatever_fails(guest: Guest, faults: Faults) -> None:
+def test_closing_never_pushes_or_arms_even_if_calls_fail(guest: Guest, faults: Faults) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(3)]
     for number, route in enumerate(routes):
         route.set_msi(msi(0x41 + number))

@@ -1,4 +1,4 @@
-"""The routing table: what it holds after each step, and which steps push it."""
+"""Rule 4: the entries of the routing table after each step, and the steps that push it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_table_follows_each_step(guest: Guest) -> None:
     first.close()
 
 
-def test_a_cleared_entry_leaves_with_the_next_push_that_is_needed_anyway(guest: Guest) -> None:
+def test_a_cleared_entry_leaves_the_table_with_the_next_push(guest: Guest) -> None:
     first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     first.set_msi(msi(0x41))
     with counting(guest.partition) as delta:
@@ -52,7 +52,7 @@ def test_enabling_is_one_push_and_one_arming(guest: Guest) -> None:
     route.close()
 
 
-def test_setting_what_is_set_does_nothing(guest: Guest) -> None:
+def test_setting_the_same_msi_or_mask_again_does_nothing(guest: Guest) -> None:
     route = guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     with counting(guest.partition) as delta:
@@ -100,7 +100,7 @@ def test_an_msi_set_while_masked_is_pushed_when_it_is_unmasked(guest: Guest) -> 
     route.close()
 
 
-def test_an_msi_that_comes_back_while_masked_needs_no_push(guest: Guest) -> None:
+def test_an_msi_changed_and_restored_while_masked_needs_no_push(guest: Guest) -> None:
     route = guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     route.mask()
@@ -114,7 +114,7 @@ def test_an_msi_that_comes_back_while_masked_needs_no_push(guest: Guest) -> None
     route.close()
 
 
-def test_setting_what_the_kernel_still_holds_needs_no_push(guest: Guest) -> None:
+def test_setting_an_msi_that_the_kernel_still_holds_needs_no_push(guest: Guest) -> None:
     route = guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     route.clear_msi()

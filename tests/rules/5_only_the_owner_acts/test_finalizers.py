@@ -1,4 +1,4 @@
-"""Finalizers: they warn as files do, close what was left open, and never raise."""
+"""Rule 5: finalizers warn as those of files do, close open objects, and never raise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def dropped(make: Callable[[], object]) -> list[str]:
-    """What a finalizer warns of."""
+    """Drops an object, and returns the warnings of its finalizer."""
     with recorded() as told:
         it: object = make()
         del it
@@ -39,7 +39,7 @@ def test_a_partition_left_open_is_closed_with_a_warning(backend: Backend) -> Non
     assert told.startswith("unclosed <")
     assert f"backend={backend.name}" in told
     assert open_files() == files
-    until(lambda: native_threads() <= threads, "its threads ended")
+    until(lambda: native_threads() <= threads, "its threads have ended")
 
 
 def test_an_eventfd_left_open_is_closed_with_a_warning() -> None:
@@ -49,7 +49,7 @@ def test_an_eventfd_left_open_is_closed_with_a_warning() -> None:
     assert open_files() == files
 
 
-def test_what_was_closed_is_dropped_without_a_word(backend: Backend) -> None:
+def test_closed_objects_are_dropped_without_a_warning(backend: Backend) -> None:
     def closed() -> object:
         with backend.open() as partition, partition.new_irqfd_route() as route, EventFd() as event:
             return partition, route, route.event, event, partition.batch()
@@ -57,7 +57,7 @@ def test_what_was_closed_is_dropped_without_a_word(backend: Backend) -> None:
     assert dropped(closed) == []
 
 
-def test_a_view_is_dropped_without_a_word(guest: Guest) -> None:
+def test_a_view_is_dropped_without_a_warning(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         assert dropped(lambda: route.event) == []
         assert route.fileno() >= 0
@@ -79,7 +79,7 @@ def test_a_dropped_route_keeps_its_signals_out_of_the_guest(guest: Guest) -> Non
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
-def test_dropping_in_any_order_warns_of_each_once_and_closes_all(backend: Backend, order: tuple[int, ...]) -> None:
+def test_objects_dropped_in_any_order_warn_once_each_and_are_closed(backend: Backend, order: tuple[int, ...]) -> None:
     files = open_files()
     with recorded() as told:
         partition = backend.open()
@@ -95,7 +95,7 @@ def test_dropping_in_any_order_warns_of_each_once_and_closes_all(backend: Backen
     assert open_files() == files
 
 
-def test_what_is_in_a_cycle_is_closed_too(backend: Backend) -> None:
+def test_objects_in_a_reference_cycle_are_closed(backend: Backend) -> None:
     files = open_files()
 
     def cycle() -> object:
@@ -104,12 +104,12 @@ def test_what_is_in_a_cycle_is_closed_too(backend: Backend) -> None:
         ring.append(ring)
         return ring
 
-    # Whichever the collector comes to first; a partition closes its routes.
+    # The collector may start anywhere in the cycle; a partition closes its routes.
     assert any("Partition" in message for message in dropped(cycle))
     assert open_files() == files
 
 
-def test_a_warning_made_an_error_closes_all_the_same_and_is_reported(
+def test_a_finalizer_whose_warning_is_an_error_still_closes_and_reports_it(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[Any] = []
@@ -127,7 +127,7 @@ def test_a_warning_made_an_error_closes_all_the_same_and_is_reported(
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_what_a_finalizer_fails_in_goes_to_the_unraisable_hook(
+def test_a_failure_in_a_finalizer_goes_to_the_unraisable_hook(
     simulated: SimulatedGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[Any] = []

@@ -1,4 +1,4 @@
-"""Forked children: only the owner acts."""
+"""Rule 5: only the owner acts; a forked child can signal, and little else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def at_work(guest: Guest) -> Iterator[IrqFdRoute]:
-    """A route that is armed, and is seen to work before and after."""
+    """An armed route, which is checked to work before and after."""
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         route.signal()
@@ -66,8 +66,8 @@ def test_a_child_can_not_use_its_parents_routes(guest: Guest, use: Callable[[Irq
 
 
 @pytest.mark.parametrize("name", ["masked", "armed", "msi", "state"])
-def test_a_child_is_not_told_what_may_be_long_past(guest: Guest, name: str) -> None:
-    # "In a forked child only `signal()` and `fileno()` work; the rest raises `ForkedError`": the class's own words.
+def test_a_child_can_not_read_state_that_may_be_out_of_date(guest: Guest, name: str) -> None:
+    # As the docstring of IrqFdRoute says, only `signal()` and `fileno()` work in a forked child.
     with at_work(guest) as route:
         assert in_child(lambda: refusal(lambda: getattr(route, name))) == ForkedError.__name__
 
@@ -88,7 +88,7 @@ def test_a_child_can_not_commit_its_parents_batch(guest: Guest) -> None:
         assert in_child(unwinding) == "KeyError"
 
 
-def test_a_child_can_not_take_interrupts_or_make_faults(simulated: SimulatedGuest) -> None:
+def test_a_child_can_not_take_interrupts_or_inject_faults(simulated: SimulatedGuest) -> None:
     partition = simulated.partition
     uses = (partition.take_interrupts, partition.settle, partial(partition.fail, "assign_irqfd", 5))
     with at_work(simulated):
@@ -101,7 +101,7 @@ def test_a_child_can_not_take_interrupts_of_a_vm(kvm: KvmGuest) -> None:
         assert in_child(lambda: refusal(kvm.partition.take_interrupts)) == ForkedError.__name__
 
 
-def test_a_signal_of_a_child_is_an_interrupt(guest: Guest) -> None:
+def test_a_signal_from_a_child_raises_the_interrupt(guest: Guest) -> None:
     with at_work(guest) as route:
         assert in_child(lambda: refusal(route.signal)) == "none"
         guest.receives(msi(0x41))
@@ -111,7 +111,7 @@ def test_a_signal_of_a_child_is_an_interrupt(guest: Guest) -> None:
         guest.receives(msi(0x41))
 
 
-def test_a_signal_of_a_child_waits_as_any_other(guest: Guest) -> None:
+def test_a_signal_from_a_child_is_pending_while_the_route_is_masked(guest: Guest) -> None:
     with at_work(guest) as route:
         route.mask()
         in_child(route.signal)
@@ -120,7 +120,7 @@ def test_a_signal_of_a_child_waits_as_any_other(guest: Guest) -> None:
         guest.receives(msi(0x41))
 
 
-def test_a_child_can_still_see_what_it_has(guest: Guest) -> None:
+def test_a_child_can_read_attributes_that_never_change(guest: Guest) -> None:
     with at_work(guest) as route:
         partition = guest.partition
 
@@ -152,7 +152,7 @@ def test_with_unwinds_in_a_child_without_an_error(guest: Guest) -> None:
         assert in_child(unwind) == "KeyError"
 
 
-def test_a_child_that_left_with_has_given_up_the_descriptor_only(guest: Guest) -> None:
+def test_leaving_with_in_a_child_closes_the_descriptor_only(guest: Guest) -> None:
     with at_work(guest) as route:
 
         def leave() -> tuple[int, str]:
@@ -191,7 +191,7 @@ def test_finalizers_in_a_child_close_descriptors_and_do_nothing_else(backend: Ba
 
     warned, left = in_child(drop)
     assert warned == []
-    # The pipe by which this answer comes is the child's own.
+    # The pipe for this answer is the child's own.
     assert [file for file in left if "pipe:" not in file and "hvstub" not in file] == []
 
     owner = box["guest"]
@@ -238,9 +238,9 @@ def test_a_child_can_open_its_own_partition(backend: Backend, guest: Guest) -> N
     still_works(guest)
 
 
-def test_a_child_can_bring_an_eventfd_that_its_parent_uses_too(guest: Guest, backend: Backend) -> None:
+def test_a_child_can_use_its_parents_eventfd_in_its_own_partition(guest: Guest, backend: Backend) -> None:
     if backend.name != "simulated":
-        pytest.skip("a kernel knows that the eventfd is armed already; the simulated one is the child's own")
+        pytest.skip("a real kernel refuses an eventfd that is armed already; a simulated one is the child's own")
     with at_work(guest) as route:
 
         def bring() -> str:
@@ -269,11 +269,11 @@ def test_forking_while_another_thread_pushes_hangs_neither_child_nor_parent(gues
         return seen
 
     with pushing(partition, routes):
-        until(lambda: partition.stats().pushes > 0, "the first push was made")
+        until(lambda: partition.stats().pushes > 0, "the first push is made")
         for _ in range(15):
             assert in_child(use) == ["ForkedError"] * 5 + ["none"]
     assert all(route.armed for route in routes)
-    # The children's signals on the first route have arrived; what they became depends on the turn.
+    # The children's signals on the first route have arrived, each with either vector.
     assert {interrupt.vector for interrupt in guest.arrived()} <= {0x42, 0x43}
     for route in routes:
         route.close()

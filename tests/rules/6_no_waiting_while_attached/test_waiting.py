@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def unforced() -> Iterator[None]:
-    """The interpreter is handed over only by those who let go of it."""
+    """Threads keep the interpreter until they release it themselves."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1000.0)
     yield
@@ -28,14 +28,14 @@ def unforced() -> Iterator[None]:
 
 
 def runs_meanwhile(operation: Callable[[int], object]) -> bool:
-    """Whether another thread comes to run Python while an operation is under way, in one of many tries."""
+    """Whether another thread runs Python during an operation, in one of many tries."""
     inside, seen, over = threading.Event(), threading.Event(), threading.Event()
 
     def watch() -> None:
         while not (seen.is_set() or over.is_set()):
             if inside.is_set():
                 seen.set()
-            time.sleep(0)  # lets go of the interpreter
+            time.sleep(0)  # releases the interpreter
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -101,7 +101,7 @@ def test_the_interpreter_runs_on_while_a_batch_is_committed(guest: Guest) -> Non
             for route in routes:
                 batch.set_msi(route, msi(0x41 + turn % 2))
 
-    # Only the commit lets go: the calls of the body do not wait for anything.
+    # Only the commit releases the interpreter: the calls of the body wait for nothing.
     assert runs_meanwhile(commit)
     for route in routes:
         route.close()
@@ -114,12 +114,12 @@ def test_the_interpreter_runs_on_while_a_partition_is_opened_and_closed(backend:
 
 def observable(partition: Partition) -> SimulatedPartition | KvmPartition:
     if not isinstance(partition, SimulatedPartition | KvmPartition):
-        pytest.skip(f"{partition.backend} does not tell which interrupts arrived")
+        pytest.skip(f"{partition.backend} does not report interrupts")
     return partition
 
 
 @pytest.mark.usefixtures("unforced")
-def test_waiting_for_interrupts_lets_others_cause_them(guest: Guest) -> None:
+def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest) -> None:
     partition, taken = observable(guest.partition), list[Interrupt]()
     with partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
@@ -157,12 +157,12 @@ def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
     def interrupt() -> None:
         began.wait()
         signal.pthread_kill(main, signal.SIGINT)
-        # Were it not to end by that, no one would wait for the minute.
+        # If Ctrl-C fails to end the wait, this does, before the timeout.
         if not over.wait(PATIENCE / 2):
             partition.close()
 
     def hear(*_: object) -> None:
-        # Too late, it would end the whole run of tests.
+        # If it came too late, it would end the whole test run.
         if not partition.closed:
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""No MSI that the host can't take: a route is armed only if its destination has a VP."""
+"""Rule 7: a route is armed only if its destination has a VP."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_logical_destination_is_not_an_apic_id(guest: Guest) -> None:
         assert route.armed
 
 
-def test_the_guard_can_be_turned_off(open_simulated: Open) -> None:
+def test_the_check_can_be_turned_off(open_simulated: Open) -> None:
     guest = open_simulated(allow_missing_vp=True)
     with guest.partition.new_irqfd_route() as route:
         for apic_id in (9, 0xFF):
@@ -117,7 +117,7 @@ def test_the_guard_can_be_turned_off(open_simulated: Open) -> None:
         (None, TypeError, "None"),
     ],
 )
-def test_a_vp_that_can_not_be_is_refused(guest: Guest, index: Any, error: type[Exception], words: str) -> None:
+def test_an_invalid_vp_index_is_refused(guest: Guest, index: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         guest.partition.create_vp(index)
     assert guest.partition.vps == (0,)
@@ -130,15 +130,15 @@ def test_a_vp_that_can_not_be_is_refused(guest: Guest, index: Any, error: type[E
      ([None], TypeError), (1 << 64, OverflowError)],
     ids=str,
 )  # fmt: skip
-def test_vps_that_can_not_be_are_refused_at_opening(backend: Backend, vps: Any, error: type[Exception]) -> None:
+def test_invalid_vps_are_refused_at_opening(backend: Backend, vps: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"vps|VP"):
         backend.open(vps=vps)
 
 
 def test_a_vp_that_the_kernel_refuses_is_an_error_and_the_partition_works_on(kvm: KvmGuest) -> None:
-    import fcntl  # noqa: PLC0415 - for this one ioctl
+    import fcntl  # noqa: PLC0415 - one test alone needs it
 
-    # Another vCPU with the index, made behind the partition's back.
+    # A vCPU with the same index, made by a bare ioctl.
     vcpu = fcntl.ioctl(kvm.partition.fileno(), 0xAE41, 1)
     try:
         with pytest.raises(VpError, match="KVM_CREATE_VCPU") as failed:
@@ -167,7 +167,7 @@ def test_one_missing_vp_fails_the_whole_batch_before_any_ioctl(guest: Guest) -> 
     still_works(guest)
 
 
-def test_the_vps_of_an_adopted_vm_go_unchecked_unless_they_are_named(vm: KvmVm) -> None:
+def test_destinations_in_an_adopted_vm_are_checked_only_if_its_vps_are_named(vm: KvmVm) -> None:
     with Partition.from_fd(vm.fd, "kvm") as partition, partition.new_irqfd_route() as route:
         assert partition.vps is None
         route.set_msi(msi(0x41, 9))

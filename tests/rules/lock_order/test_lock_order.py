@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from backends import Guest
 
 
-def test_nothing_is_locked_during_the_body(guest: Guest) -> None:
+def test_the_body_of_a_batch_holds_no_lock(guest: Guest) -> None:
     with guest.partition.new_irqfd_route() as route:
         with guest.partition.batch() as batch:
             batch.set_msi(route, msi(0x41))
@@ -25,7 +25,7 @@ def test_nothing_is_locked_during_the_body(guest: Guest) -> None:
         assert route.msi == msi(0x41)
 
 
-def test_overlapping_batches_of_many_threads_come_to_an_end(guest: Guest) -> None:
+def test_overlapping_batches_of_many_threads_do_not_deadlock(guest: Guest) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(12)]
     errors: list[BaseException] = []
 
