@@ -8,7 +8,8 @@ RUN := $(BIN)/python
 SOAK_SIMULATED ?= 2000x50
 SOAK_KVM ?= 500x50
 SOAK_MSHV ?= 100x50
-SOAKED := tests/test_model.py tests/test_rollback.py tests/test_leaks.py tests/test_races.py
+FAULTS := tests/model/test_model.py tests/rules/3_a_failed_call_changes_nothing/test_rollback.py
+SOAKED := $(FAULTS) tests/processes/test_leaks.py tests/processes/test_races.py
 # Random walks of the Rust core, passed to proptest as PROPTEST_CASES.
 SOAK_WALKS ?= 100000
 # Seconds for each fuzz target.
@@ -54,8 +55,8 @@ free-threaded: ## Run the Python tests without the GIL, on a CPython 3.14 built 
 	MSHV_IRQFD_RACES=1 $(FREE_RUN) --parallel-threads=$(PARALLEL_THREADS) --skip-thread-unsafe=True $(PYTEST_ARGS)
 
 soak: build-dev ## Run the model test and every failure at length, on every backend and in Rust, and print the counts
-	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated tests/test_model.py tests/test_rollback.py
-	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" tests/test_model.py tests/test_rollback.py
+	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated $(FAULTS)
+	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" $(FAULTS)
 	lab/build
 	for scheduler in core root; do \
 		MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler $$scheduler --timeout 3600 \

@@ -1,12 +1,13 @@
-"""Fixtures: guests of each hypervisor, and a watch over what a test leaves behind.
+"""Fixtures: guests of each hypervisor, and a check that each test closes its descriptors and ends its threads.
 
 Under `--parallel-threads` (`make parallel`) every test runs in several threads at once. Fixtures are made once for a
-test, so what threads must not share is made by `for_each_thread`: a thread then finds one of its own in the argument.
+test, so `for_each_thread` makes the things that threads must not share: each thread gets its own in the argument.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import ExitStack
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,29 +18,35 @@ import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from faults import Faults
 from mshv_irqfd import KvmPartition, SimulatedPartition, open_partition
+from needs import need, need_faults
+from raw_kvm import KvmVm
 from support import collect, native_threads, open_files, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
 T = TypeVar("T")
+
+# Its failed assertions show values, as those of the tests do.
+pytest.register_assert_rewrite("machine")
 
 
 class Shares:
-    """One thing for each call of a test, until each call has taken its own."""
+    """One value for each call of a test."""
 
     def __init__(self, things: list[Any]) -> None:
         self.take = things.pop
 
 
 def handing_out(test: Any) -> Any:
-    """A test function whose every call takes its shares of the arguments."""
+    """Wraps a test function so that each call takes its own values from the shared arguments."""
     shares = Shares
 
     def call(**arguments: Any) -> None:
         test(**{name: it.take() if isinstance(it, shares) else it for name, it in arguments.items()})
 
-    # pytest-run-parallel looks for calls that are not safe, by the globals of what it runs: they are to be the test's.
+    # pytest-run-parallel finds thread-unsafe calls through the globals of the function: these must be the test's.
     seen = FunctionType(call.__code__, test.__globals__, closure=call.__closure__)
     return functools.update_wrapper(seen, test)
 
@@ -51,29 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.obj = handing_out(item.obj)
 
 
-def need(name: str) -> None:
-    """Skips where a backend is not to be had, and fails where it was asked for by name."""
-    if name not in backends.selected():
-        pytest.skip(f"{backends.SELECTION} leaves {name} out")
-    skip_or_fail(name, backends.unavailable(name))
-
-
-def need_faults(name: str) -> None:
-    """The same, where calls of a backend can't be made to fail."""
-    need(name)
-    skip_or_fail(name, None if name == "simulated" else faults_.unavailable())
-
-
-def skip_or_fail(name: str, reason: str | None) -> None:
-    if reason is not None and backends.required(name):
-        pytest.fail(f"{name} was asked for by {backends.SELECTION}: {reason}")
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    """Descriptors and threads after each test are those from before it."""
+    """Checks that each test leaves the same descriptors and threads as before."""
     files, threads = open_files(), native_threads()
 
     def left() -> list[str]:
@@ -83,8 +70,8 @@ def _nothing_left_behind() -> Iterator[None]:
     yield
     if left() or native_threads() > threads:
         collect()
-    # A thread that was joined is the kernel's for a moment longer.
-    until(lambda: native_threads() <= threads, "the threads of this test ended")
+    # The kernel lists a joined thread for a moment longer.
+    until(lambda: native_threads() <= threads, "the threads of this test have ended")
     assert left() == []
 
 
@@ -92,7 +79,7 @@ def _nothing_left_behind() -> Iterator[None]:
 def for_each_thread(
     num_parallel_threads: int, num_iterations: int, _nothing_left_behind: None
 ) -> Iterator[Callable[..., Any]]:
-    """Makes one thing for each thread that runs the test, and closes them after it."""
+    """Makes one value for each thread that runs the test, and closes them after it."""
     with ExitStack() as stack:
 
         def make(one: Callable[[], T], close: Callable[[T], object] | None = None) -> T:
@@ -115,7 +102,7 @@ def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backe
 
 @pytest.fixture
 def faults(backend: Backend) -> Iterator[Faults]:
-    """Calls of the backend that fail."""
+    """Fault injection for the calls of the backend."""
     need_faults(backend.name)
     with faults_.of(backend.name) as faults:
         yield faults
@@ -136,13 +123,13 @@ def open_guest(backend: Backend) -> Iterator[Callable[..., Guest]]:
 
 @pytest.fixture
 def guest(open_guest: Callable[..., Guest], for_each_thread: Callable[..., Guest]) -> Guest:
-    """A partition as it comes, with its one VP."""
+    """A partition with the default options."""
     return for_each_thread(open_guest)
 
 
 @pytest.fixture
 def open_simulated(_nothing_left_behind: None) -> Iterator[Callable[..., SimulatedGuest]]:
-    """Opens simulated partitions, whose calls can be made to fail."""
+    """Opens simulated partitions, and closes them after the test."""
     guests: list[SimulatedGuest] = []
 
     def open_one(**options: Any) -> SimulatedGuest:
@@ -164,7 +151,7 @@ def simulated(
 
 @pytest.fixture
 def kvm(for_each_thread: Callable[..., KvmGuest]) -> KvmGuest:
-    """A VM of KVM, for what is KVM's alone."""
+    """A VM of KVM, for the tests of KVM alone."""
     need("kvm")
 
     def open_one() -> KvmGuest:
@@ -175,7 +162,20 @@ def kvm(for_each_thread: Callable[..., KvmGuest]) -> KvmGuest:
     return for_each_thread(open_one, KvmGuest.close)
 
 
+@pytest.fixture
+def vm(for_each_thread: Callable[..., KvmVm]) -> KvmVm:
+    """A VM of KVM to adopt."""
+    need("kvm")
+    return for_each_thread(KvmVm, KvmVm.close)
+
+
+@pytest.fixture
+def theirs(for_each_thread: Callable[..., int]) -> int:
+    """A caller's eventfd."""
+    return for_each_thread(lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), os.close)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how many failures were tried."""
+    """Prints the number of failures that the tests injected."""
     for (name, kind), number in sorted(faults_.tried.items()):
         terminalreporter.write_line(f"{name}: {kind}: {number} times")

@@ -2,7 +2,7 @@
 
 usage: python tools/break_rules.py [--lab] [NAME...]    (needs git, cargo, and `make build-dev`)
 
-Each file of tests/broken is one break: a first line that states the clause, `Red:` lines that name the tests that must
+Each patch in tests/rules is one break: a first line that states the clause, `Red:` lines that name the tests that must
 fail, and a patch. The patch is applied to a copy of the tree and reverted afterwards. The copy and its builds are kept
 in ~/.cache/mshv_irqfd/broken (or under $XDG_CACHE_HOME). The first word of a `Red:` line is the test's runner:
 
@@ -32,7 +32,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
-BREAKS = ROOT / "tests" / "broken"
+BREAKS = ROOT / "tests" / "rules"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mshv_irqfd" / "broken"
 TREE, TARGET = CACHE / "tree", CACHE / "target"
 MODULE = TREE / "python" / "mshv_irqfd" / "_core.abi3.so"
@@ -279,10 +279,10 @@ def tried(each: Break) -> list[str]:
 def main() -> int:
     """Tries the breaks, and prints the results."""
     arguments = argparse.ArgumentParser(description="Breaks the rules on purpose and checks that tests fail.")
-    arguments.add_argument("names", metavar="NAME", nargs="*", help="a break of tests/broken (default: all)")
+    arguments.add_argument("names", metavar="NAME", nargs="*", help="a patch in tests/rules, by name (default: all)")
     arguments.add_argument("--lab", action="store_true", help="run the tests of the lab, and no others")
     options = arguments.parse_args()
-    patches = {patch.stem: patch for patch in sorted(BREAKS.glob("*.patch"))}
+    patches = {patch.stem: patch for patch in sorted(BREAKS.rglob("*.patch"))}
     if unknown := set(options.names) - set(patches):
         arguments.error(f"unknown break: {', '.join(sorted(unknown))}")
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Runs `tests/lives.py` under valgrind, and fails on invalid accesses and on leaks by this package.
+"""Runs `tests/helpers/lives.py` under valgrind, and fails on invalid accesses and on leaks by this package.
 
 The package is a debug build with symbols (`cargo build --features python`). For KVM's ioctls valgrind checks only the
 argument, by the direction and size in the ioctl's number; it does not track writes through pointers in the argument.
@@ -35,7 +35,7 @@ def run(path: Path, backends: list[str]) -> tuple[int, int]:
     valgrind = ["valgrind", "--quiet", "--undef-value-errors=no", "--num-callers=40", "--leak-check=full"]
     valgrind += ["--show-leak-kinds=definite", "--xml=yes", f"--xml-file={path}/%p.xml"]
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(path)}
-    command = [*valgrind, sys.executable, str(ROOT / "tests" / "lives.py"), *backends]
+    command = [*valgrind, sys.executable, str(ROOT / "tests" / "helpers" / "lives.py"), *backends]
     with subprocess.Popen(command, env=environment) as lives:  # noqa: S603 -- our own command
         return lives.wait(), lives.pid
 

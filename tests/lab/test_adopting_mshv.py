@@ -1,4 +1,4 @@
-"""Adopting an mshv partition that somebody else made, as `tests/test_adopting.py` does with a VM of KVM."""
+"""Adopting the mshv partition of another VMM, as `tests/behaviour/test_adopting.py` does with a VM of KVM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from backends import Backend, MshvGuest
-from conftest import need
 from mshv_irqfd import IrqFdError, MissingVpError, Partition, RoutingEntry
+from needs import need
 from support import an_owner, msi
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def made() -> Iterator[int]:
     os.close(partition)
 
 
-def test_an_adopted_partition_takes_the_interrupts_of_our_routes(made: int) -> None:
+def test_an_adopted_partition_receives_the_interrupts_of_its_routes(made: int) -> None:
     guest = MshvGuest(Partition.from_fd(made, "mshv", vps=1))
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
@@ -50,16 +50,16 @@ def test_an_adopted_partition_takes_the_interrupts_of_our_routes(made: int) -> N
     guest.close()
 
 
-def test_what_is_kept_stays_in_every_push_and_the_partition_is_left_to_its_maker(made: int) -> None:
+def test_kept_entries_stay_in_every_push_and_closing_leaves_the_partition_open(made: int) -> None:
     keep = RoutingEntry(5, 0xFEE00000, 0x55)
     with Partition.from_fd(made, "mshv", keep=[keep], vps=1) as partition, partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         assert partition.routing_table() == [keep, RoutingEntry(24, 0xFEE00000, 0x41)]
-    # The descriptor is the maker's, and so is the partition: it can be adopted again.
+    # Closing leaves the partition open, so it can be adopted again.
     Partition.from_fd(made, "mshv").close()
 
 
-def test_the_vps_of_an_adopted_partition_are_made_by_its_maker(made: int) -> None:
+def test_an_adopted_partition_refuses_to_create_vps(made: int) -> None:
     with Partition.from_fd(made, "mshv") as partition:
         assert partition.vps is None
         with pytest.raises(io.UnsupportedOperation):
@@ -70,7 +70,7 @@ def test_the_vps_of_an_adopted_partition_are_made_by_its_maker(made: int) -> Non
             Partition.from_fd(made, "kvm")
 
 
-def test_what_a_killed_owner_left_armed_on_anothers_eventfd_is_the_next_owners_to_know(made: int) -> None:
+def test_an_irqfd_that_a_killed_owner_left_armed_meets_the_next_owner(made: int) -> None:
     event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     with an_owner(Backend("mshv"), "adopted", event, made, fds=(event, made)) as owner:
         assert owner.stdout is not None
@@ -81,7 +81,7 @@ def test_what_a_killed_owner_left_armed_on_anothers_eventfd_is_the_next_owners_t
     os.eventfd_write(event, 1)
     guest.receives(msi(0x41))
     with guest.partition.new_irqfd_route() as first, guest.partition.new_irqfd_route(event=event) as second:
-        # The dead owner's GSI is the first that is handed out anew, with its irqfd still on it.
+        # The first new route gets the GSI of the dead owner, whose irqfd is still armed on it.
         first.set_msi(msi(0x51))
         first.signal()
         guest.receives(msi(0x51))

@@ -1,6 +1,6 @@
-"""Kernel allocations and hypercalls that fail, one after another, under everything that the package does.
+"""Each kernel allocation and each hypercall fails in turn, under every operation of the package.
 
-Only in the lab: the allocations are made to fail by the kernel's own fault injection, the hypercalls by the stand-in.
+Only in the lab: the kernel's own fault injection fails the allocations, and the stand-in fails the hypercalls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from backends import Backend, MshvGuest
-from conftest import need
 from hvstub import ANY, HvStub, Hypercall, Outcome, Status, kernel_allocation_fails
 from mshv_irqfd import (
     HypervisorUnavailableError,
@@ -24,13 +23,14 @@ from mshv_irqfd import (
     VpError,
     open_partition,
 )
+from needs import need
 from support import msi, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LIMIT = 500
-"""More allocations or hypercalls than any one call makes."""
+"""More allocations or hypercalls than any operation makes."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def stub() -> Iterator[HvStub]:
 
 @dataclass
 class Scene:
-    """Routes in the states that matter: armed, armed, masked with another MSI than the kernel has, without an MSI."""
+    """Routes in four states: two armed, one masked on a stale entry, one without an MSI."""
 
     guest: MshvGuest
     routes: list[IrqFdRoute]
@@ -53,7 +53,7 @@ class Scene:
         return self.guest.partition
 
     def seen(self) -> list[Any]:
-        """All that is known of it from outside."""
+        """The whole state that callers can see."""
         partition = self.partition
         routes = [(route.gsi, route.state, route.masked, route.msi, route.pending) for route in partition.routes]
         armed = [entry for entry in partition.routing_table() if entry.gsi in (24, 25)]
@@ -105,7 +105,7 @@ OPERATIONS: dict[str, Callable[[Scene], object]] = {
 
 
 ERRNOS = {
-    # A file of /proc whose inode can't be allocated is not there (fs/proc/fd.c), and a file that can't be is ENFILE.
+    # If a file of /proc gets no inode, opening it gives ENOENT (fs/proc/fd.c); if it gets no file structure, ENFILE.
     "new route on a caller's eventfd": (errno.ENOMEM, errno.ENOENT, errno.ENFILE),
     "new route": (errno.ENOMEM, errno.ENFILE),
 }
@@ -135,7 +135,7 @@ def test_a_kernel_allocation_that_fails_changes_nothing(
             assert scene.seen() == before
             scene.guest.receives_nothing()
             failed += 1
-            # What failed works when it is tried again.
+            # A second try succeeds.
             result = OPERATIONS[operation](scene)
         scene.guest.receives_nothing()
         if isinstance(result, IrqFdRoute):
@@ -148,7 +148,7 @@ def test_a_kernel_allocation_that_fails_changes_nothing(
     else:
         pytest.fail(f"{operation} makes more than {LIMIT} allocations")
     if operation in ("enable", "retarget", "unmask", "batch", "create a VP", "new route"):
-        assert failed > 0, "nothing failed: the test shows nothing"
+        assert failed > 0, "nothing failed: the test proves nothing"
 
 
 @pytest.mark.timeout(600)
@@ -206,7 +206,7 @@ def test_a_vp_that_the_hypervisor_refuses_leaves_the_partition_as_it_was(
     still_works(scene.guest)
 
 
-def test_an_interrupt_that_the_hypervisor_refuses_is_lost_and_nobody_above_the_driver_can_know(
+def test_an_interrupt_that_the_hypervisor_refuses_is_lost_without_an_error(
     make_scene: Callable[..., Scene], stub: HvStub
 ) -> None:
     scene = make_scene()
@@ -221,7 +221,7 @@ def test_an_interrupt_that_the_hypervisor_refuses_is_lost_and_nobody_above_the_d
 
 
 @pytest.mark.timeout(600)
-def test_partitions_with_routes_leave_nothing_behind(stub: HvStub) -> None:
+def test_closed_partitions_with_routes_leave_nothing_behind(stub: HvStub) -> None:
     before = stub.counters().held
     for _ in range(100):
         with open_partition("mshv", vps=2) as partition:

@@ -1,4 +1,4 @@
-"""The stand-in hypervisor itself, by raw ioctls: what it records, what it keeps, what its refusals leave behind."""
+"""The stand-in hypervisor itself, by bare ioctls: its records, its counters, and its faults."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import fcntl
 import os
 import select
 import struct
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import hvstub
+import pytest
 from hvstub import Asserted, HvStub, Hypercall, Outcome, Scheduler, Status, kernel_allocation_fails, partition_id
 
 if TYPE_CHECKING:
@@ -121,7 +117,7 @@ def stub() -> Iterator[HvStub]:
 
 @contextmanager
 def leaving_nothing(stub: HvStub) -> Iterator[None]:
-    """What the stand-in holds is the same before and after."""
+    """Asserts that the stand-in's counters are the same before and after."""
     before = stub.counters().held
     yield
     assert stub.counters().held == before
@@ -194,7 +190,7 @@ def test_interrupts_of_two_partitions_are_told_apart(stub: HvStub) -> None:
         os.close(event)
 
 
-def test_an_overflow_is_told_once_and_recording_goes_on_after_it(stub: HvStub) -> None:
+def test_an_overflow_is_reported_once_and_recording_continues(stub: HvStub) -> None:
     by_assertion(stub)
     event, surplus = eventfd(), 10
     lost = stub.counters().lost
@@ -221,7 +217,7 @@ def test_a_thousand_partitions_with_vps_leave_nothing(stub: HvStub) -> None:
             partition.arm(event, 24)
             partition.ioeventfd(event, 0xD0000000)
 
-    live()  # brings the root's pages to what one partition takes
+    live()  # deposits the root pages that one partition needs
     before = stub.counters()
     for _ in range(1000):
         live()
@@ -240,7 +236,7 @@ def test_many_partitions_at_once_are_kept_apart_and_leave_nothing(stub: HvStub) 
             partition.close()
 
 
-def test_the_driver_gives_the_kernel_s_memory_back_over_partitions() -> None:
+def test_the_driver_frees_the_kernels_memory_with_each_partition() -> None:
     def pages(field: str) -> int:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields[field].split()[0]) // 4
@@ -295,7 +291,7 @@ def test_each_hypercall_of_creation_that_fails_is_reported_and_leaves_nothing(
         if not outcome.injected:
             assert nth > 1, f"{code.name} is not called at all"
             return
-    pytest.fail("no end of hypercalls")
+    pytest.fail("the hypercalls never end")
 
 
 def test_memory_that_the_hypervisor_asks_for_is_deposited(stub: HvStub) -> None:
@@ -324,7 +320,7 @@ def test_a_doorbell_that_fails_is_reported_and_leaves_nothing(stub: HvStub, code
     os.close(event)
 
 
-def test_a_fault_strikes_the_nth_hypercall_once_and_says_how_many_came(stub: HvStub) -> None:
+def test_a_fault_fails_the_nth_hypercall_once_and_counts_the_others(stub: HvStub) -> None:
     with Partition() as partition:
         stub.fail(Hypercall.CREATE_VP, Status.ACCESS_DENIED, nth=3)
         partition.create_vp(0)
@@ -336,7 +332,7 @@ def test_a_fault_strikes_the_nth_hypercall_once_and_says_how_many_came(stub: HvS
         partition.create_vp(2)
 
 
-def test_a_fault_ends_with_the_file_that_it_was_asked_for_on() -> None:
+def test_a_fault_ends_when_the_file_that_set_it_is_closed() -> None:
     with Partition() as partition:
         with HvStub() as stub:
             stub.fail(hvstub.ANY)
@@ -344,7 +340,7 @@ def test_a_fault_ends_with_the_file_that_it_was_asked_for_on() -> None:
 
 
 def test_a_refused_assertion_is_recorded_with_its_status(stub: HvStub) -> None:
-    """The driver ignores the answer: the signal is gone and nobody above can know."""
+    """The driver ignores the status, so the signal is lost without an error."""
     by_assertion(stub)
     event = eventfd()
     with Partition(vps=1) as partition:
@@ -357,7 +353,7 @@ def test_a_refused_assertion_is_recorded_with_its_status(stub: HvStub) -> None:
     os.close(event)
 
 
-def test_doorbells_ring_for_the_writes_that_they_were_made_for(stub: HvStub) -> None:
+def test_a_doorbell_rings_only_for_its_own_writes(stub: HvStub) -> None:
     by_size, by_value, by_any = eventfd(), eventfd(), eventfd()
     with Partition() as partition, Partition() as other:
         partition.ioeventfd(by_size, 0xD0000000, size=4)
@@ -402,7 +398,7 @@ def test_ids_that_do_not_exist_are_refused(stub: HvStub) -> None:
             partition.create_vp(0)
         partition.initialize()
         partition.create_vp(0)
-        with pytest.raises(FileExistsError):  # the driver knows by itself
+        with pytest.raises(FileExistsError):  # the driver refuses it without a hypercall
             partition.create_vp(0)
         with pytest.raises(FileNotFoundError):
             stub.registers(partition.id, 1)
@@ -423,7 +419,7 @@ def get_registers(fd: int, vp_index: int) -> None:
     fcntl.ioctl(fd, ROOT_HVCALL, bytearray(call), True)
 
 
-def test_the_fast_path_s_vectors_are_read_from_the_register_page(stub: HvStub) -> None:
+def test_the_vectors_of_the_fast_path_are_read_from_the_register_page(stub: HvStub) -> None:
     if stub.scheduler is not Scheduler.ROOT:
         pytest.skip("only the root scheduler has a fast path: run under lab/run --scheduler root")
     events = [eventfd() for _ in range(9)]
@@ -480,7 +476,7 @@ def each_failing_allocation(action: Callable[[], object]) -> Iterator[OSError | 
             assert failed is None
             return
         yield failed
-    pytest.fail("no end of allocations")
+    pytest.fail("the allocations never end")
 
 
 def test_each_failing_allocation_of_a_push_is_reported_and_the_old_table_stays(stub: HvStub) -> None:
@@ -509,7 +505,7 @@ def test_each_failing_allocation_of_creation_is_reported_and_leaves_no_partition
     for failed in each_failing_allocation(lambda: made.append(Partition(vps=1))):
         while made:
             made.pop().close()
-        # A failed allocation while a partition is torn down strands its pages in the hypervisor: the driver's doing.
+        # If an allocation fails during teardown, the driver leaves the partition's pages in the hypervisor.
         assert stub.counters().held[:-1] == before[:-1]
         assert failed is None or failed.errno in {errno.ENOMEM, errno.ENFILE}
     while made:

@@ -1,0 +1,214 @@
+"""The model of a partition and its routes: their documented behaviour in plain Python.
+
+It knows no ioctl and no order of calls. Where several outcomes are right (a signal that overlaps an arming, a rollback
+that fails too) it lists them, and continues from the one that the partition shows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mshv_irqfd import MsiRoute
+
+
+@dataclass(eq=False)
+class Event:
+    """An eventfd. `pending` is None while it is unknown: a broken irqfd may or may not have taken the signal."""
+
+    pending: bool | None = False
+    full: bool = False
+    """Whether its counter is full, so that a plain write would block."""
+
+    def drained(self) -> None:
+        self.pending = self.full = False
+
+
+@dataclass(eq=False)
+class Route:
+    """An open route, or a closed one whose irqfd could not be disarmed."""
+
+    gsi: int
+    event: Event
+    masked: bool = False
+    msi: MsiRoute | None = None
+    waits_to_be_rearmed: bool = False
+    """Whether it is waiting to be re-armed."""
+    broken: bool = False
+    asked: set[MsiRoute] = field(default_factory=set)
+    """All MSIs that were ever set: a broken route may raise any of them."""
+
+    @property
+    def wanted(self) -> MsiRoute | None:
+        """The MSI with which it should be armed."""
+        return None if self.masked or self.broken else self.msi
+
+    @property
+    def armed(self) -> bool:
+        return self.wanted is not None and not self.waits_to_be_rearmed
+
+
+class Change(NamedTuple):
+    """The mask and the MSI that a call gives a route."""
+
+    route: Route
+    masked: bool
+    msi: MsiRoute | None
+
+    @property
+    def wanted(self) -> MsiRoute | None:
+        return None if self.masked else self.msi
+
+    @property
+    def needed(self) -> bool:
+        """Whether the change does anything: it alters the route, or arms one that is waiting to be re-armed."""
+        return (self.masked, self.msi) != (self.route.masked, self.route.msi) or self.route.waits_to_be_rearmed
+
+
+@dataclass
+class Due:
+    """The interrupts that one GSI is due: how many at least, how many at most, and of which MSIs."""
+
+    least: int = 0
+    most: int = 0
+    msis: set[MsiRoute] = field(default_factory=set)
+    or_pending: bool = False
+    """Whether the signal must be in the eventfd if it did not become an interrupt."""
+
+    def add(self, msi: MsiRoute | None, least: int, most: int) -> None:
+        assert msi is not None
+        self.least += least
+        self.most += most
+        self.msis.add(msi)
+
+
+class Partition:
+    """The expected state of a partition."""
+
+    def __init__(self, gsis: Iterable[int], vps: Iterable[int], keep: dict[int, MsiRoute], *, any_vp: bool) -> None:
+        self.vps = set(vps)
+        self.any_vp = any_vp
+        """Whether destinations go unchecked."""
+        self.keep = keep
+        self.free = set(gsis)
+        self.broken: dict[int, set[MsiRoute]] = {}
+        """The quarantined GSIs, and the MSIs that they may still raise."""
+        self.routes: dict[int, Route] = {}
+        self.stuck: list[Route] = []
+        """Closed routes whose irqfds may still be registered."""
+        self.entries: dict[int, MsiRoute] = {}
+        """The table that the next push gives the kernel."""
+        self.table: dict[int, MsiRoute] = {}
+        """The kernel's table."""
+        self.pushes = 0
+        self.due: defaultdict[int, Due] = defaultdict(Due)
+
+    # Interrupts
+
+    def signal(self, event: Event) -> None:
+        """A signal that overlaps no call."""
+        for route in (*self.routes.values(), *self.stuck):
+            if route.event is event:
+                self._signal(route)
+                return
+        event.pending = True
+
+    def _signal(self, route: Route) -> None:
+        if route.broken:
+            for msi in route.asked:
+                self.due[route.gsi].add(msi, 0, 1)
+            route.event.pending = None
+        elif route.armed:
+            self.due[route.gsi].add(route.msi, 1, 1)
+        else:
+            route.event.pending = True
+
+    def overlap(self, route: Route, before: MsiRoute | None, during: MsiRoute | None) -> None:
+        """A signal that overlapped a change: it is delivered once or twice, or it is pending."""
+        due = self.due[route.gsi]
+        due.msis |= {msi for msi in (before, during, route.msi) if msi is not None}
+        due.most += 2
+        if route.broken:
+            due.msis |= route.asked
+            route.event.pending = None
+        elif route.armed:
+            due.least = max(due.least, 1)
+        elif not route.event.pending:
+            route.event.pending, due.or_pending = None, True
+
+    def _arm(self, route: Route) -> None:
+        """Delivers one interrupt for all that is pending."""
+        route.waits_to_be_rearmed = False
+        if route.event.pending is not False:
+            self.due[route.gsi].add(route.msi, int(route.event.pending is True), 1)
+        route.event.drained()
+
+    # Changes
+
+    def lacks_vp(self, changes: list[Change]) -> bool:
+        wanted = [change.wanted for change in changes if change.needed and change.wanted is not None]
+        return not self.any_vp and any(not msi.logical and msi.destination not in self.vps for msi in wanted)
+
+    def open_route(self, event: Event) -> Route:
+        """The lowest GSI that is free."""
+        gsi = min(self.free)
+        self.free.remove(gsi)
+        self.routes[gsi] = Route(gsi, event)
+        return self.routes[gsi]
+
+    def succeed(self, changes: list[Change], failures: int) -> None:
+        """Makes all changes, with at most one push."""
+        changes = [change for change in changes if change.needed]
+        push = any(change.wanted and change.wanted != self.table.get(change.route.gsi) for change in changes)
+        newly = [change.route for change in changes if change.wanted and not change.route.armed]
+        for route, masked, msi in changes:
+            route.masked, route.msi = masked, msi
+            if route.wanted:
+                self.entries[route.gsi] = route.wanted
+            elif msi is None:
+                self.entries.pop(route.gsi, None)
+            if not route.wanted:
+                route.waits_to_be_rearmed = False
+        if push:
+            self.table = dict(self.entries)
+            self.pushes += 1
+            waiting = [route for route in self.routes.values() if route.waits_to_be_rearmed and route not in newly]
+            # The call did not ask to arm these, so a failure to arm them does not fail the call.
+            newly += [] if failures else waiting
+            for route in waiting if failures else ():
+                self._maybe_armed(route, route.msi)
+        for route in newly:
+            self._arm(route)
+
+    def fail(self, changes: list[Change]) -> None:
+        """Changes nothing; interrupts delivered before the failure stand."""
+        for change in changes:
+            if change.needed and change.wanted and not change.route.armed:
+                self._maybe_armed(change.route, change.wanted)
+
+    def _maybe_armed(self, route: Route, msi: MsiRoute | None) -> None:
+        if route.event.pending is not False:
+            due = self.due[route.gsi]
+            due.add(msi, 0, 1)
+            due.or_pending = due.or_pending or route.event.pending is True
+            route.event.pending = None
+
+    def close(self, route: Route, *, failed: bool) -> None:
+        """Closes a route. If it could not be disarmed, its irqfd may stay registered."""
+        del self.routes[route.gsi]
+        if failed:
+            self.give_up(route)
+            self.stuck.append(route)
+            return
+        if route.gsi not in self.broken:
+            self.free.add(route.gsi)
+            self.entries.pop(route.gsi, None)
+
+    def give_up(self, route: Route) -> None:
+        """Breaks a route, whose GSI is quarantined."""
+        route.broken = True
+        self.broken[route.gsi] = route.asked

@@ -1,0 +1,575 @@
+"""Rule 3: failed calls change nothing. Each call into the kernel fails in turn, and so does each call of a rollback."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, cycle, product
+from typing import TYPE_CHECKING
+
+import pytest
+from faults import CALLS, Call, Faults, tried
+from mshv_irqfd import (
+    ClosedError,
+    GsiState,
+    IrqFdError,
+    IrqFdRoute,
+    MsiRoute,
+    Partition,
+    RouteBrokenError,
+    RoutingError,
+)
+from support import msi, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from backends import Backend, Guest
+
+
+Intents = list[tuple[GsiState, bool, MsiRoute | None, bool]]
+
+
+@dataclass
+class Setting:
+    """Two armed routes, one masked, one without an MSI; a signal is pending on each of the latter two."""
+
+    guest: Guest
+    faults: Faults
+    routes: list[IrqFdRoute] = field(default_factory=list)
+    asked: list[set[MsiRoute]] = field(default_factory=list)
+    """The MSIs that the test ever sets on each route: it may raise no others."""
+    waiting: list[bool] = field(default_factory=list)
+
+    @property
+    def partition(self) -> Partition:
+        return self.guest.partition
+
+    def fail(self, call: Call, number: int, *, after: int, times: int = 1) -> None:
+        self.faults.fail(self.partition, call, number, after=after, times=times)
+
+    def try_to(self, operation: Callable[[Setting], object]) -> RoutingError | IrqFdError | None:
+        """Runs an operation with the faults in force, and returns its error, if any."""
+        try:
+            self.faults.run(lambda: operation(self))
+        except (RoutingError, IrqFdError) as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        # A fault that is left strikes here.
+        with suppress(IrqFdError):
+            self.partition.close()
+
+
+@pytest.fixture
+def setting(backend: Backend, faults: Faults) -> Callable[..., Setting]:
+    return partial(set_up, backend, faults)
+
+
+def set_up(backend: Backend, faults: Faults, *, quiesce: bool) -> Setting:
+    faults.clear()
+    partition = backend.open(gsis=range(24, 48), quiesce=quiesce)
+    it = Setting(backend.guest(partition), faults)
+    it.routes = [partition.new_irqfd_route() for _ in range(4)]
+    it.routes[0].set_msi(msi(0x41))
+    it.routes[1].set_msi(msi(0x42))
+    it.routes[2].set_msi(msi(0x43))
+    it.routes[2].mask()
+    it.asked = [{msi(0x41), msi(0x51)}, {msi(0x42), msi(0x52)}, {msi(0x43), msi(0x53)}, {msi(0x44), msi(0x54)}]
+    for route in it.routes[2:]:
+        route.signal()
+    it.waiting = [False, False, True, True]
+    return it
+
+
+def batch_of_all_kinds(it: Setting) -> None:
+    with it.partition.batch() as batch:
+        batch.set_msi(it.routes[0], msi(0x51))
+        batch.mask(it.routes[1])
+        batch.unmask(it.routes[2])
+        batch.set_msi(it.routes[3], msi(0x54))
+
+
+def batch_that_moves_all(it: Setting) -> None:
+    with it.partition.batch() as batch:
+        for route, vector in zip(it.routes, (0x51, 0x52, 0x53, 0x54), strict=True):
+            batch.set_msi(route, msi(vector))
+            batch.unmask(route)
+
+
+def batch_that_silences_all(it: Setting) -> None:
+    with it.partition.batch() as batch:
+        batch.mask(it.routes[0])
+        batch.clear_msi(it.routes[1])
+        batch.clear_msi(it.routes[2])
+
+
+def batch_that_clears_and_moves(it: Setting) -> None:
+    with it.partition.batch() as batch:
+        batch.clear_msi(it.routes[0])
+        batch.set_msi(it.routes[1], msi(0x52))
+        batch.clear_msi(it.routes[2])
+
+
+OPERATIONS: dict[str, Callable[[Setting], object]] = {
+    "set-a-new-msi": lambda it: it.routes[3].set_msi(msi(0x54)),
+    "retarget": lambda it: it.routes[0].set_msi(msi(0x51)),
+    "unmask": lambda it: it.routes[2].unmask(),
+    "mask": lambda it: it.routes[0].mask(),
+    "clear": lambda it: it.routes[1].clear_msi(),
+    "batch-of-all-kinds": batch_of_all_kinds,
+    "batch-that-moves-all": batch_that_moves_all,
+    "batch-that-silences-all": batch_that_silences_all,
+    "batch-that-clears-and-moves": batch_that_clears_and_moves,
+}
+operations = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+quiesces = pytest.mark.parametrize("quiesce", [True, False], ids=["quiesced", "unquiesced"])
+
+
+def intents(it: Setting) -> Intents:
+    return [(route.state, route.masked, route.msi, route.armed) for route in it.routes]
+
+
+def table_of_the_armed(it: Setting) -> dict[int, tuple[int, int]]:
+    armed = {route.gsi for route in it.routes if route.armed}
+    return {entry.gsi: (entry.address, entry.data) for entry in it.partition.routing_table() if entry.gsi in armed}
+
+
+def check_that_armed_is_routed(it: Setting) -> None:
+    expected = {
+        route.gsi: (route.msi.address, route.msi.data) for route in it.routes if route.armed and route.msi is not None
+    }
+    assert table_of_the_armed(it) == expected
+
+
+def check_that_nothing_is_lost_or_bogus(it: Setting) -> None:
+    """A pending signal is still pending, or has arrived once as an MSI that was set on its route."""
+    arrived = Counter[int]()
+
+    def accounted_for() -> bool:
+        # KVM injects pending signals from a work item, and a broken irqfd can't be disarmed to flush it.
+        arrived.update(interrupt.vector for interrupt in it.guest.arrived())
+        told = zip(it.routes, it.asked, it.waiting, strict=True)
+        return all(route.pending + sum(arrived[one.vector] for one in asked) >= count for route, asked, count in told)
+
+    until(accounted_for, "each pending signal has arrived or is still pending")
+    for route, asked, waiting in zip(it.routes, it.asked, it.waiting, strict=True):
+        mine = sum(arrived.pop(one.vector, 0) for one in asked)
+        assert mine + route.pending == waiting
+    assert not arrived, "bogus interrupts arrived"
+    it.waiting = [route.pending for route in it.routes]
+
+
+def check_that_armed_routes_deliver(it: Setting) -> None:
+    for route in it.routes:
+        if route.state is not GsiState.BROKEN:
+            route.consume_pending()
+        if route.armed:
+            assert route.msi is not None
+            route.signal()
+            it.guest.receives(route.msi)
+        elif route.state is GsiState.DISABLED:
+            route.signal()
+            it.guest.receives_nothing()
+            assert route.consume_pending()
+
+
+def undisturbed(operation: Callable[[Setting], object], it: Setting) -> tuple[dict[Call, int], Intents]:
+    """The number of calls of each kind that an operation makes without faults, and the state after it."""
+    before = it.partition.stats()
+    operation(it)
+    after, wanted = it.partition.stats(), intents(it)
+    it.close()
+    return {
+        "set_msi_routing": after.pushes - before.pushes,
+        "assign_irqfd": after.arms - before.arms,
+        "deassign_irqfd": after.disarms - before.disarms,
+    }, wanted
+
+
+@operations
+@quiesces
+@pytest.mark.parametrize("call", CALLS)
+def test_if_any_call_fails_everything_is_as_before_and_works_afterwards(
+    backend: Backend,
+    setting: Callable[..., Setting],
+    operation: Callable[[Setting], object],
+    quiesce: bool,
+    call: Call,
+) -> None:
+    calls, wanted = undisturbed(operation, setting(quiesce=quiesce))
+    for k in count():
+        it = setting(quiesce=quiesce)
+        before, table = intents(it), table_of_the_armed(it)
+        it.fail(call, errno.ENOMEM, after=k)
+        failed = it.try_to(operation)
+        if failed is None:
+            assert k == calls[call], "each call of this kind must fail once"
+            it.close()
+            return
+        tried[backend.name, "one call fails"] += 1
+        assert type(failed) is (RoutingError if call == "set_msi_routing" else IrqFdError)
+        assert failed.errno == errno.ENOMEM
+        assert it.partition.stats().failures == 1
+        assert intents(it) == before
+        assert table_of_the_armed(it) == table
+        check_that_armed_is_routed(it)
+        check_that_nothing_is_lost_or_bogus(it)
+        check_that_armed_routes_deliver(it)
+        operation(it)
+        assert intents(it) == wanted
+        check_that_armed_is_routed(it)
+        check_that_armed_routes_deliver(it)
+        it.close()
+
+
+def test_the_operations_make_calls_of_each_kind(setting: Callable[..., Setting]) -> None:
+    counts = {
+        name: tuple(undisturbed(operation, setting(quiesce=True))[0].values()) for name, operation in OPERATIONS.items()
+    }
+    assert counts == {
+        "set-a-new-msi": (1, 3, 2),
+        "retarget": (1, 2, 2),
+        "unmask": (0, 1, 0),
+        "mask": (0, 0, 1),
+        "clear": (0, 0, 1),
+        "batch-of-all-kinds": (1, 3, 2),
+        "batch-that-moves-all": (1, 4, 2),
+        "batch-that-silences-all": (0, 0, 2),
+        "batch-that-clears-and-moves": (1, 1, 2),
+    }
+
+
+@operations
+@quiesces
+@pytest.mark.parametrize("times", [1, 9], ids=["once-more", "for-long"])
+def test_if_the_rollback_fails_too_only_broken_routes_are_lost(
+    backend: Backend,
+    setting: Callable[..., Setting],
+    operation: Callable[[Setting], object],
+    quiesce: bool,
+    times: int,
+) -> None:
+    calls, _ = undisturbed(operation, setting(quiesce=quiesce))
+    for first, second in product(CALLS, CALLS):
+        for k in range(calls[first]):
+            for j in count():
+                it = setting(quiesce=quiesce)
+                it.fail(first, errno.ENOMEM, after=k)
+                it.fail(second, errno.EIO, after=j, times=times)
+                failed = it.try_to(operation)
+                assert failed is not None
+                struck = it.partition.stats().failures
+                check_that_nothing_but_broken_routes_is_lost(it)
+                if failed.errno == errno.ENOMEM and struck == 1:
+                    # The rollback has no further call of the second kind: each has failed once.
+                    break
+                tried[backend.name, "the rollback fails too"] += struck > 1
+
+
+def check_that_nothing_but_broken_routes_is_lost(it: Setting) -> None:
+    check_that_armed_is_routed(it)
+    check_that_nothing_is_lost_or_bogus(it)
+    broken = [route for route in it.routes if route.state is GsiState.BROKEN]
+    check_that_the_broken_refuse(broken)
+    gone = {route.gsi for route in broken} | let_all_faults_strike(it)
+    assert [route for route in it.routes if route.state is GsiState.BROKEN] == broken
+    for route in it.routes:
+        if route not in broken:
+            # Arms a route that is waiting to be re-armed, as the error's message says.
+            route.unmask()
+            assert route.armed == (route.msi is not None)
+    check_that_armed_is_routed(it)
+    check_that_nothing_is_lost_or_bogus(it)
+    check_that_armed_routes_deliver(it)
+    for route in it.routes:
+        route.close()
+    check_that_all_but(gone, it)
+    it.close()
+
+
+def check_that_the_broken_refuse(broken: list[IrqFdRoute]) -> None:
+    for route in broken:
+        assert not route.armed
+        for use in (route.mask, route.unmask, route.clear_msi, partial(route.set_msi, msi(0x61))):
+            with pytest.raises(RouteBrokenError, match=str(route.gsi)):
+                use()
+
+
+def let_all_faults_strike(it: Setting) -> set[int]:
+    """Uses up the faults that are left, on new routes. Returns the GSIs of those that it broke."""
+    broken: set[int] = set()
+    clean = 0
+    vectors = cycle(range(0x70, 0xA0))
+    # A fault lets a few calls through at most, and each clean round makes one of each kind.
+    while clean < 6:
+        route = it.partition.new_irqfd_route()
+        uses = (partial(route.set_msi, msi(next(vectors))), route.mask, route.unmask, route.close)
+        clean += 1
+        for use in uses:
+            try:
+                it.faults.run(use)
+            except (RoutingError, IrqFdError, RouteBrokenError):
+                clean = 0
+        if it.partition.gsi_state(route.gsi) is GsiState.BROKEN:
+            broken.add(route.gsi)
+    return broken
+
+
+def check_that_all_but(gone: set[int], it: Setting) -> None:
+    """All GSIs but the quarantined ones are handed out, lowest first, and work."""
+    gsis = [gsi for gsi in it.partition.gsis if gsi not in gone][: len(gone) + 3]
+    routes = [it.partition.new_irqfd_route() for _ in gsis]
+    assert [route.gsi for route in routes] == gsis
+    assert all(it.partition.gsi_state(gsi) is GsiState.BROKEN for gsi in gone)
+    for route in (routes[0], routes[-1]):
+        route.set_msi(msi(0x21))
+        route.signal()
+        it.guest.receives(msi(0x21))
+    for route in routes:
+        route.close()
+
+
+def test_a_route_that_a_rollback_can_not_disarm_is_broken(open_guest: Callable[..., Guest], faults: Faults) -> None:
+    guest = open_guest(quiesce=False)
+    first, second, other = (guest.partition.new_irqfd_route() for _ in range(3))
+    other.set_msi(msi(0x43))
+    faults.fail(guest.partition, "assign_irqfd", errno.EMFILE, after=1)
+    faults.fail(guest.partition, "deassign_irqfd", errno.EIO)
+    batch = guest.partition.batch()
+    batch.set_msi(first, msi(0x41))
+    batch.set_msi(second, msi(0x42))
+    with pytest.raises(IrqFdError, match="left broken: GSI 24"):
+        faults.run(batch.commit)
+    assert first.state is guest.partition.gsi_state(24) is GsiState.BROKEN
+    assert (second.state, second.msi) == (GsiState.DISABLED, None)
+    check_that_the_broken_refuse([first])
+    second.set_msi(msi(0x44))
+    second.signal()
+    other.signal()
+    guest.receives(msi(0x44), msi(0x43))
+    disarms = guest.partition.stats().disarms
+    first.close()
+    assert guest.partition.stats().disarms == disarms + 1, "close() must retry the disarming"
+    assert guest.partition.gsi_state(24) is GsiState.BROKEN
+    with guest.partition.new_irqfd_route() as new:
+        assert new.gsi == 27
+    second.close()
+    other.close()
+
+
+def test_a_route_left_armed_on_a_stale_entry_is_broken_and_disarmed(
+    open_guest: Callable[..., Guest], faults: Faults
+) -> None:
+    guest = open_guest(quiesce=False)
+    moved, new = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    moved.set_msi(msi(0x41))
+    faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM)
+    faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM, after=1)
+    batch = guest.partition.batch()
+    batch.set_msi(moved, msi(0x51))
+    batch.set_msi(new, msi(0x52))
+    with pytest.raises(IrqFdError, match="left broken: GSI 24"):
+        faults.run(batch.commit)
+    assert moved.state is GsiState.BROKEN
+    moved.signal()
+    guest.receives_nothing()
+    new.set_msi(msi(0x53))
+    new.signal()
+    guest.receives(msi(0x53))
+    moved.close()
+    new.close()
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_unmask_arms_a_route_that_is_waiting_to_be_rearmed(
+    open_guest: Callable[..., Guest], faults: Faults, k: int
+) -> None:
+    guest = open_guest(quiesce=True)
+    routes = [guest.partition.new_irqfd_route() for _ in range(4)]
+    for number, route in enumerate(routes):
+        route.set_msi(msi(0x41 + number))
+    faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
+    faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM, after=k)
+    with pytest.raises(RoutingError, match="not armed again") as failed:
+        faults.run(partial(routes[0].set_msi, msi(0x51)))
+    [waiting] = [route for route in routes if not route.armed]
+    assert str(waiting.gsi) in str(failed.value)
+    assert (waiting.state, waiting.masked, waiting.msi) == (GsiState.DISABLED, False, msi(0x41 + waiting.gsi - 24))
+    waiting.signal()
+    guest.receives_nothing()
+    waiting.unmask()
+    guest.receives(msi(0x41 + waiting.gsi - 24))
+    for route in routes:
+        route.close()
+
+
+def test_the_next_push_arms_a_route_that_is_waiting_to_be_rearmed(
+    open_guest: Callable[..., Guest], faults: Faults
+) -> None:
+    guest = open_guest(quiesce=True)
+    first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    first.set_msi(msi(0x41))
+    faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
+    faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM)
+    with pytest.raises(RoutingError):
+        faults.run(partial(second.set_msi, msi(0x42)))
+    assert not first.armed
+    first.signal()
+    second.set_msi(msi(0x42))
+    assert first.armed
+    guest.receives(msi(0x41))
+    first.close()
+    second.close()
+
+
+def test_a_failed_push_leaves_the_old_msi_armed(guest: Guest, faults: Faults) -> None:
+    with guest.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        table = guest.partition.routing_table()
+        faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
+        with pytest.raises(RoutingError):
+            faults.run(partial(route.set_msi, msi(0x42)))
+        assert (route.msi, route.armed, guest.partition.routing_table()) == (msi(0x41), True, table)
+        route.signal()
+        guest.receives(msi(0x41))
+
+
+def test_a_failed_mask_leaves_the_route_armed_and_unmasked(guest: Guest, faults: Faults) -> None:
+    with guest.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        faults.fail(guest.partition, "deassign_irqfd", errno.EIO)
+        with pytest.raises(IrqFdError):
+            faults.run(route.mask)
+        assert (route.armed, route.masked) == (True, False)
+        route.signal()
+        guest.receives(msi(0x41))
+
+
+def test_a_failed_unmask_leaves_the_signal_pending(guest: Guest, faults: Faults) -> None:
+    with guest.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        route.mask()
+        route.signal()
+        faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM)
+        with pytest.raises(IrqFdError):
+            faults.run(route.unmask)
+        assert (route.armed, route.masked, route.pending) == (False, True, True)
+        guest.receives_nothing()
+        route.unmask()
+        guest.receives(msi(0x41))
+
+
+def test_a_failed_batch_disarms_the_routes_that_it_armed(guest: Guest, faults: Faults) -> None:
+    routes = [guest.partition.new_irqfd_route() for _ in range(2)]
+    faults.fail(guest.partition, "assign_irqfd", errno.EIO, after=1)
+    batch = guest.partition.batch()
+    for route in routes:
+        batch.set_msi(route, msi(0x41))
+    with pytest.raises(IrqFdError):
+        faults.run(batch.commit)
+    for route in routes:
+        assert route.state is GsiState.DISABLED
+        route.signal()
+        assert route.pending
+    guest.receives_nothing()
+    for route in routes:
+        route.close()
+
+
+def test_a_failed_batch_forgets_its_changes(guest: Guest, faults: Faults) -> None:
+    first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
+    batch = guest.partition.batch()
+    batch.set_msi(first, msi(0x41))
+    batch.mask(second)
+    with pytest.raises(RoutingError):
+        faults.run(batch.commit)
+    assert (first.msi, second.masked) == (None, False)
+    with pytest.raises(ClosedError):
+        batch.commit()
+    first.close()
+    second.close()
+
+
+def test_a_route_that_can_not_be_disarmed_still_closes_and_its_gsi_is_quarantined(guest: Guest, faults: Faults) -> None:
+    route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    route.set_msi(msi(0x41))
+    other.set_msi(msi(0x42))
+    faults.fail(guest.partition, "deassign_irqfd", errno.EIO)
+    with pytest.raises(IrqFdError) as failed:
+        faults.run(route.close)
+    assert (failed.value.errno, failed.value.gsi) == (errno.EIO, 24)
+    assert route.closed
+    with pytest.raises(ClosedError):
+        route.unmask()
+    route.close()
+    assert guest.partition.gsi_state(24) is GsiState.BROKEN
+    with guest.partition.new_irqfd_route() as new:
+        assert new.gsi == 26
+        new.set_msi(msi(0x43))
+        new.signal()
+        other.signal()
+        guest.receives(msi(0x42), msi(0x43))
+    other.close()
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_closing_a_partition_continues_past_errors_and_raises_at_the_end(
+    backend: Backend, faults: Faults, k: int
+) -> None:
+    partition = backend.open()
+    routes = [partition.new_irqfd_route() for _ in range(4)]
+    for number, route in enumerate(routes):
+        route.set_msi(msi(0x41 + number))
+    disarms = partition.stats().disarms
+    faults.fail(partition, "deassign_irqfd", errno.EIO, after=k)
+    with pytest.raises(IrqFdError) as failed:
+        faults.run(partition.close)
+    assert failed.value.gsi == 24 + k
+    assert partition.closed
+    assert all(route.closed for route in routes)
+    # close() retries the failed one at the end.
+    assert partition.stats().disarms == disarms + 4
+    partition.close()
+
+
+def test_closing_a_partition_reports_every_failure(backend: Backend, faults: Faults) -> None:
+    partition = backend.open()
+    routes = [partition.new_irqfd_route() for _ in range(3)]
+    for number, route in enumerate(routes):
+        route.set_msi(msi(0x41 + number))
+    faults.fail(partition, "deassign_irqfd", errno.EIO, times=100)
+    with pytest.raises(IrqFdError) as failed:
+        faults.run(partition.close)
+    assert all(f"GSI {gsi}" in str(failed.value) for gsi in (24, 25, 26))
+    assert partition.closed
+
+
+def test_closing_a_partition_retries_a_disarm_that_failed_when_a_route_closed(backend: Backend, faults: Faults) -> None:
+    partition = backend.open()
+    route = partition.new_irqfd_route()
+    route.set_msi(msi(0x41))
+    faults.fail(partition, "deassign_irqfd", errno.EIO)
+    with pytest.raises(IrqFdError):
+        faults.run(route.close)
+    partition.close()
+    assert (partition.stats().disarms, partition.stats().failures) == (1, 1)
+
+
+def test_closing_never_pushes_or_arms_even_if_calls_fail(guest: Guest, faults: Faults) -> None:
+    routes = [guest.partition.new_irqfd_route() for _ in range(3)]
+    for number, route in enumerate(routes):
+        route.set_msi(msi(0x41 + number))
+    before = guest.partition.stats()
+    faults.fail(guest.partition, "deassign_irqfd", errno.EIO, after=1)
+    for route in routes:
+        with suppress(IrqFdError):
+            faults.run(route.close)
+    after = guest.partition.stats()
+    assert (after.pushes, after.arms) == (before.pushes, before.arms)
+    assert (after.disarms, after.failures) == (before.disarms + 2, 1)

@@ -1,0 +1,180 @@
+"""Rule 6: calls wait for locks and ioctls detached from the interpreter, and Ctrl-C ends blocking waits."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
+from support import PATIENCE, msi, still_works
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from backends import Backend, Guest
+
+
+@pytest.fixture
+def unforced() -> Iterator[None]:
+    """Threads keep the interpreter until they release it themselves."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(before)
+
+
+def runs_meanwhile(operation: Callable[[int], object]) -> bool:
+    """Whether another thread runs Python during an operation, in one of many tries."""
+    inside, seen, over = threading.Event(), threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not (seen.is_set() or over.is_set()):
+            if inside.is_set():
+                seen.set()
+            time.sleep(0)  # releases the interpreter
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    deadline, turn = time.monotonic() + PATIENCE / 2, 0
+    while not seen.is_set() and time.monotonic() < deadline:
+        inside.set()
+        operation(turn)
+        inside.clear()
+        turn += 1
+        time.sleep(0)
+    over.set()
+    watcher.join()
+    return seen.is_set()
+
+
+LONG: dict[str, Callable[[Partition, list[IrqFdRoute], int], object]] = {
+    "set_msi": lambda _, routes, turn: routes[0].set_msi(msi(0x51 + turn % 2)),
+    "mask": lambda _, routes, turn: routes[0].mask() if turn % 2 else routes[0].unmask(),
+    "clear_msi": lambda _, routes, turn: routes[0].clear_msi() if turn % 2 else routes[0].set_msi(msi(0x51)),
+    "consume_pending": lambda _, routes, __: routes[0].consume_pending(),
+    "new_irqfd_route": lambda partition, _, __: partition.new_irqfd_route().close(),
+    "routing_table": lambda partition, _, __: partition.routing_table(),
+    "gsi_state": lambda partition, _, __: partition.gsi_state(24),
+    "vps": lambda partition, _, __: partition.vps,
+    "stats": lambda partition, _, __: partition.stats(),
+}
+
+
+@pytest.mark.parametrize("operation", LONG.values(), ids=LONG)
+@pytest.mark.usefixtures("unforced")
+def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
+    guest: Guest, operation: Callable[[Partition, list[IrqFdRoute], int], object]
+) -> None:
+    routes = [guest.partition.new_irqfd_route() for _ in range(64)]
+    stop = threading.Event()
+
+    def push() -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            with guest.partition.batch() as batch:
+                for route in routes[1:]:
+                    batch.set_msi(route, msi(0x41 + turn % 2))
+            time.sleep(0)
+
+    pusher = threading.Thread(target=push)
+    pusher.start()
+    try:
+        assert runs_meanwhile(lambda turn: operation(guest.partition, routes, turn))
+    finally:
+        stop.set()
+        pusher.join()
+    for route in routes:
+        route.close()
+
+
+@pytest.mark.usefixtures("unforced")
+def test_the_interpreter_runs_on_while_a_batch_is_committed(guest: Guest) -> None:
+    routes = [guest.partition.new_irqfd_route() for _ in range(200)]
+
+    def commit(turn: int) -> None:
+        with guest.partition.batch() as batch:
+            for route in routes:
+                batch.set_msi(route, msi(0x41 + turn % 2))
+
+    # Only the commit releases the interpreter: the calls of the body wait for nothing.
+    assert runs_meanwhile(commit)
+    for route in routes:
+        route.close()
+
+
+@pytest.mark.usefixtures("unforced")
+def test_the_interpreter_runs_on_while_a_partition_is_opened_and_closed(backend: Backend) -> None:
+    assert runs_meanwhile(lambda _: backend.open().close())
+
+
+def observable(partition: Partition) -> SimulatedPartition | KvmPartition:
+    if not isinstance(partition, SimulatedPartition | KvmPartition):
+        pytest.skip(f"{partition.backend} does not report interrupts")
+    return partition
+
+
+@pytest.mark.usefixtures("unforced")
+def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest) -> None:
+    partition, taken = observable(guest.partition), list[Interrupt]()
+    with partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        waiter = threading.Thread(target=lambda: taken.extend(partition.take_interrupts(timeout=PATIENCE)))
+        waiter.start()
+        route.signal()
+        waiter.join()
+    assert [interrupt.vector for interrupt in taken] == [0x41]
+
+
+def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> None:
+    partition, ended = observable(guest.partition), list[str]()
+    began = threading.Event()
+
+    def wait() -> None:
+        began.set()
+        try:
+            partition.take_interrupts(timeout=10 * PATIENCE)
+        except ClosedError:
+            ended.append("closed")
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    began.wait()
+    partition.close()
+    waiter.join(PATIENCE)
+    assert ended == ["closed"]
+
+
+def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
+    partition, main = observable(guest.partition), threading.main_thread().ident
+    assert main is not None
+    began, over = threading.Event(), threading.Event()
+
+    def interrupt() -> None:
+        began.wait()
+        signal.pthread_kill(main, signal.SIGINT)
+        # If Ctrl-C fails to end the wait, this does, before the timeout.
+        if not over.wait(PATIENCE / 2):
+            partition.close()
+
+    def hear(*_: object) -> None:
+        # If it came too late, it would end the whole test run.
+        if not partition.closed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hear)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            began.set()
+            partition.take_interrupts(timeout=PATIENCE)
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    still_works(guest)

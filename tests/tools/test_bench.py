@@ -1,0 +1,284 @@
+"""`mshv-irqfd bench`: its parts work, and report their limits. No test checks a speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import chain, repeat
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("rich", reason='the bench needs its extra: pip install "mshv_irqfd[bench]"')
+
+from mshv_irqfd import _cli as cli
+from mshv_irqfd import _core
+from mshv_irqfd._cli import bench
+from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
+from mshv_irqfd._cli.bench.package import Package
+from mshv_irqfd._cli.bench.workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def has(backend: str) -> bool:
+    return backend in ("simulated", "null") or os.access(f"/dev/{backend}", os.R_OK | os.W_OK)
+
+
+needs_matplotlib = pytest.mark.skipif(
+    find_spec("matplotlib") is None, reason='plots need the extra: pip install "mshv_irqfd[bench]"'
+)
+BACKENDS = [
+    pytest.param(backend, marks=pytest.mark.skipif(not has(backend), reason=f"needs /dev/{backend}"))
+    for backend in designs.BACKENDS
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_quick_run_measures_every_workload_with_every_design(backend: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    assert cli.main(["bench", "--quick", "--backend", backend, "--routes", "1,5", "--json", str(file)]) == 0
+    run = results.read(file)
+    assert [(row["routes"], row["workload"]) for row in run["rows"]] == [
+        (routes, workload) for routes in (1, 5) for workload in WORKLOADS
+    ]
+    for row in run["rows"]:
+        assert set(row["designs"]) == set(designs.of_backend(backend))
+        for summary in row["designs"].values():
+            assert 0 <= summary["median_low_ns"] <= summary["median_ns"] <= summary["median_high_ns"]
+            assert summary["samples"] >= 2
+            assert summary["calls_per_sample"] >= 1
+        for ours, ratios in row["ratios"].items():
+            assert results.is_ours(ours)
+            assert set(ratios) == {name for name in row["designs"] if not results.is_ours(name)}
+    assert run["machine"]["kernel"] == os.uname().release
+    assert run["settings"]["backend"] == backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_workload_of_a_python_design_can_follow_any_other(backend: str) -> None:
+    for name in designs.of_backend(backend):
+        design = designs.MAKERS[name](backend, 3)
+        try:
+            for first in WORKLOADS:
+                for second in WORKLOADS:
+                    assert design.run(first, 2) >= 0
+                    assert design.run(second, 1) >= 0
+        finally:
+            design.close()
+
+
+def test_one_by_one_the_package_pushes_once_for_every_route_it_brings_up() -> None:
+    package = Package("simulated", 4)
+    try:
+        for _ in range(3):
+            before = package.partition.stats().pushes
+            package.run("bring-up", 1)
+            assert package.partition.stats().pushes - before == 4
+    finally:
+        package.close()
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_plot_is_drawn_from_a_run(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"plot.{suffix}"
+    # In another process, because numpy keeps threads.
+    arguments = ["bench", "--quick", "--backend", "null", "--workloads", "push", "--plot", str(file)]
+    subprocess.run([sys.executable, "-m", "mshv_irqfd._cli", *arguments], check=True, capture_output=True)
+    assert file.read_bytes()[:4] == {"svg": b"<?xm", "png": b"\x89PNG"}[suffix]
+
+
+def test_comparing_tells_slower_rows_from_unchanged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tmp_path / "a.json"
+    arguments = ["bench", "--quick", "--backend", "null", "--routes", "1", "--workloads", "push,signal"]
+    assert cli.main([*arguments, "--json", str(before)]) == 0
+    run = results.read(before)
+    # Fixed figures of the same shape, without the noise of a measurement.
+    for row in run["rows"]:
+        row["designs"]["package"] |= {"median_ns": 1000.0, "median_low_ns": 990.0, "median_high_ns": 1010.0}
+    results.write(before, run)
+    for name in ("median_ns", "median_low_ns", "median_high_ns"):
+        run["rows"][0]["designs"]["package"][name] *= 10
+    after = tmp_path / "b.json"
+    results.write(after, run)
+    capsys.readouterr()
+    assert cli.main(["bench", "compare", str(before), str(after)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " package " in line]
+    assert ["slower" in line for line in lines] == [True, False]
+    assert "10.00" in lines[0]
+    assert "no clear difference" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "xen"], "invalid choice"),
+        (["--workloads", "push,pull"], "'pull' is not a workload"),
+        (["--routes", "0"], "a number of routes is 1 to"),
+        (["--routes", "5000"], "a number of routes is 1 to"),
+        (["--routes", "many"], "not a list of numbers"),
+        (["--seconds", "-1"], "not a number of seconds"),
+        (["--seconds", "nan"], "not a number of seconds"),
+        (["--plot", "plot.gif"], "must end in"),
+    ],
+)
+def test_a_bad_option_is_refused_with_a_correction(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", *arguments])
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_missing_directory_is_reported_before_measuring(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", option, str(tmp_path / "none" / "run.svg")]) == 2
+    assert "no such directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("rich", ["bench"]),
+        ("matplotlib", ["bench", "--plot", "plot.svg"]),
+        ("rich", ["bench", "compare", "a.json", "b.json"]),
+    ],
+)
+def test_a_missing_extra_is_reported_with_the_command_that_installs_it(
+    missing: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == missing else object())
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f'mshv-irqfd bench: the bench needs {missing}: pip install "mshv_irqfd[bench]"\n'
+
+
+@pytest.mark.parametrize(("debug", "warnings"), [(True, 2), (False, 0)])
+def test_a_debug_build_is_warned_of_before_and_after_and_in_a_comparison(
+    *, debug: bool, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_core, "DEBUG_BUILD", debug)
+    file = str(tmp_path / "run.json")
+    quick = ["bench", "--quick", "--backend", "null", "--routes", "1", "--workloads", "push"]
+    assert cli.main([*quick, "--json", file]) == 0
+    assert capsys.readouterr().err.count("debug build") == warnings
+    assert results.read(tmp_path / "run.json")["machine"]["build"] == ("debug" if debug else "release")
+    assert cli.main(["bench", "compare", file, file]) == 0
+    assert capsys.readouterr().err.count("debug build") == warnings
+
+
+def test_a_file_that_is_no_result_is_reported_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, text in enumerate(["", "[]", json.dumps({"format": -1})]):
+        file = tmp_path / f"{number}.json"
+        file.write_text(text)
+        assert cli.main(["bench", "compare", str(file), str(file)]) == 2
+        assert str(file) in capsys.readouterr().err
+
+
+def test_too_few_descriptors_are_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_kind: int, _limits: tuple[int, int]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (1024, 1024))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    machine.raise_descriptor_limit(100)
+    with pytest.raises(machine.TooFewDescriptorsError, match="ulimit -Hn"):
+        machine.raise_descriptor_limit(10_000)
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (1024, 20_000))
+    monkeypatch.setattr(resource, "setrlimit", lambda _kind, limits: asked.append(limits))
+    machine.raise_descriptor_limit(10_000)
+    assert asked == [(20_000, 20_000)]
+
+
+def test_a_ratio_compares_one_round_and_means_nothing_if_it_spreads() -> None:
+    steady = measure.Cell("push", 1, {"package": [2.0, 20.0, 200.0], "floor": [1.0, 10.0, 100.0]})
+    ratio = steady.ratio("package", "floor")
+    assert ratio is not None
+    assert (ratio.value, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
+    assert ratio.is_meaningful
+    spread = measure.interval([1.0, 2.0, 4.0])
+    assert not spread.is_meaningful
+
+
+def test_a_cell_that_would_take_too_long_is_left_out_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["bench", "--quick", "--backend", "null", "--routes", "1,64", "--workloads", "create", "--longest", "0"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    assert "skipped" in capsys.readouterr().out
+    assert [row["left_out"] is None for row in results.read(file)["rows"]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.046, "1.05 ±0%"), (0.6, "0.60 ±0%"), (0.1008, "1/9.92 ±0%"), (1 / 1090, "1/1090 ±0%"), (2000.0, ">1000")],
+)
+def test_a_ratio_is_shown_in_a_readable_form(value: float, shown: str) -> None:
+    report = pytest.importorskip("mshv_irqfd._cli.bench.report", reason="needs rich")
+    assert report.ratio({"value": value, "low": value, "high": value}) == shown
+
+
+def test_a_design_is_not_measured_on_the_caches_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    last: list[object] = []
+
+    class Cold:
+        def run(self, _workload: str, calls: int) -> int:
+            """Ten times as slow on the first call after another design."""
+            cold = last != [self]
+            last[:] = [self]
+            return measure.SAMPLE * (calls + 9 * cold)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(designs, "MAKERS", {name: lambda _backend, _count: Cold() for name in ("package", "floor")})
+    monkeypatch.setattr(designs, "of_backend", lambda _backend: ["package", "floor"])
+    plan = measure.Plan("null", ["retarget"], [1], seconds=0.0, longest=4.0)
+    (cell,) = measure.Measurement(plan).cells(lambda _part, _text: None)
+    assert {sample for samples in cell.samples.values() for sample in samples} == {measure.SAMPLE}
+
+
+def test_a_cell_that_is_slow_only_at_first_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = chain([1000.0], repeat(0.001))
+
+    class Slow:
+        def run(self, _workload: str, _calls: int) -> int:
+            self.clock += int(next(seconds) * 1e9)
+            return measure.SAMPLE
+
+        clock = 0
+
+        def close(self) -> None:
+            pass
+
+    slow = Slow()
+    monkeypatch.setattr(measure, "perf_counter_ns", lambda: slow.clock)
+    monkeypatch.setattr(designs, "MAKERS", {"package": lambda _backend, _count: slow})
+    monkeypatch.setattr(designs, "of_backend", lambda _backend: ["package"])
+    plan = measure.Plan("null", ["retarget"], [1, 16, 2000], seconds=0.0, longest=4.0)
+    cells = list(measure.Measurement(plan).cells(lambda _part, _text: None))
+    assert [cell.left_out for cell in cells] == [None, None, None]
+
+
+@pytest.mark.parametrize("name", list(scenarios.ALL))
+def test_every_scenario_measures_on_a_small_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenarios, "PARTITIONS", 2)
+    monkeypatch.setattr(scenarios, "ROUTES", 8)
+    found = scenarios.ALL[name]("simulated", 0.01)
+    assert found
+    for scenario in found:
+        assert scenario["low"] <= scenario["value"] <= scenario["high"]
