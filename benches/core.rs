@@ -1,9 +1,9 @@
-//! The core alone, on a kernel that does nothing: what a call costs beside the ioctls.
+//! The core on a kernel that does nothing: the cost of a call without its ioctls.
 //!
-//! `cargo bench` times each operation with criterion. With `--instructions NAME COUNT` the binary runs one of them that
-//! often and nothing else, for callgrind; `docs/callgrind.md` says how.
+//! `cargo bench` times each operation with criterion. With `--instructions NAME COUNT`, the binary only runs one
+//! operation COUNT times, for callgrind; see `docs/callgrind.md`.
 
-#![allow(clippy::unwrap_used, reason = "a bench that fails ends")]
+#![allow(clippy::unwrap_used, reason = "a failing bench should stop")]
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use mshv_irqfd::irqfd::{Batch, Config, GsiAllocator, IrqFdRoute, MsiRoute, Parti
 const GSIS: usize = 2048;
 const BATCH: usize = 64;
 
-/// An operation, ready to be run again and again.
+/// An operation, ready to run any number of times.
 type Operation = Box<dyn FnMut()>;
-/// Makes one ready.
+/// Prepares an operation.
 type Make = fn() -> Operation;
 
 fn msi(vector: usize) -> MsiRoute {
     MsiRoute::new(0xFEE0_0000, 0x30 + vector as u64 % 128).unwrap()
 }
 
-/// A partition all of whose GSIs are routed and armed.
+/// A partition with every GSI routed and armed.
 fn full() -> (Arc<Partition>, Vec<IrqFdRoute>) {
     let config = Config { quiesce: false, ..Config::new(Backend::Simulated, 24..24 + GSIS as u32) };
     let partition = Partition::new(Box::new(NullPartition::new()), config).unwrap();
@@ -39,7 +39,7 @@ fn full() -> (Arc<Partition>, Vec<IrqFdRoute>) {
     (partition, routes)
 }
 
-/// Takes the last free GSI and gives it back.
+/// Allocates the last free GSI and frees it.
 fn allocate() -> Operation {
     let mut gsis = GsiAllocator::new(GSIS);
     assert!((1..GSIS).all(|_| gsis.allocate().is_some()));
@@ -82,7 +82,7 @@ fn apply_a_batch() -> Operation {
     })
 }
 
-/// Checks an MSI and takes it apart.
+/// Checks and decodes an MSI.
 fn decode_an_msi() -> Operation {
     Box::new(|| {
         let msi = MsiRoute::new(black_box(0xFEE0_5000), black_box(0x4041)).unwrap();
@@ -100,7 +100,7 @@ const OPERATIONS: [(&str, Make); 5] = [
 ];
 
 fn raise_descriptor_limit() {
-    // The eventfds of a full table are more than the usual soft limit.
+    // A full table has more eventfds than the usual soft limit.
     let limit = rlimit::increase_nofile_limit(u64::MAX).unwrap();
     assert!(limit > GSIS as u64 + 64, "RLIMIT_NOFILE is {limit}: raise the hard limit (ulimit -Hn)");
 }

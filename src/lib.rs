@@ -7,7 +7,7 @@ pub mod irqfd;
 #[cfg(feature = "python")]
 mod python;
 
-/// The Rust half of the Python package `mshv_irqfd`; import that, not this.
+/// The Rust half of the Python package `mshv_irqfd`. Import the package instead.
 #[cfg(feature = "python")]
 #[pyo3::pymodule(gil_used = false)]
 mod _core {

@@ -1,4 +1,4 @@
-//! Any text where the kernel's account of a descriptor is expected: fields are found or not, and nothing panics.
+//! Parses any text as /proc/self/fdinfo: it finds a field if the field is there, and never panics.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,11 +1,11 @@
-//! Any address and data: what is taken as an MSI keeps every bit, and is one that the architecture defines.
+//! Any address and data: an accepted MSI keeps every bit, and the architecture defines it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use mshv_irqfd::irqfd::MsiRoute;
 
 fuzz_target!(|bits: (u64, u64)| {
-    // As they come, and moved to where most of them are taken.
+    // Unchanged, and moved to the range where most are accepted.
     for (address, data) in [bits, (0xFEE0_0000 | bits.0 & 0xF_FFFF, bits.1 & 0xFFFF)] {
         let Ok(msi) = MsiRoute::new(address, data) else { continue };
         let (raw, target) = (msi.raw(), msi.target());

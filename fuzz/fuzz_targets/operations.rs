@@ -1,4 +1,4 @@
-//! Any string of operations on simulated partitions, with failures: no panic, and no interrupt that nobody asked for.
+//! Any sequence of operations on a simulated partition, with failures: no panic, and no spurious interrupt.
 #![no_main]
 
 use std::os::fd::RawFd;
@@ -20,9 +20,9 @@ enum Edit {
 }
 
 #[derive(Arbitrary, Debug)]
-enum Deed {
+enum Step {
     New,
-    /// On the descriptor of a route, or on any number.
+    /// On the descriptor of a route, or on an arbitrary number.
     NewOn(Result<u8, u16>),
     Edit(u8, Edit),
     Commit(Vec<(u8, Edit)>),
@@ -37,28 +37,28 @@ fn msi(vector: u8) -> Option<MsiRoute> {
     MsiRoute::new(0xFEE0_0000, vector.into()).ok()
 }
 
-fuzz_target!(|input: (bool, Vec<Deed>)| {
-    let (quiesce, deeds) = input;
+fuzz_target!(|input: (bool, Vec<Step>)| {
+    let (quiesce, steps) = input;
     let Ok(simulated) = SimulatedPartition::open() else { return };
     let driver = simulated.driver();
     let config = Config { quiesce, ..Config::new(Backend::Simulated, 24..30) };
     let partition = Partition::new(Box::new(simulated), config).expect("the options are right");
     partition.create_vp(0).expect("a simulated VP");
     let mut routes: Vec<IrqFdRoute> = Vec::new();
-    for deed in &deeds {
+    for step in &steps {
         let at = |number: u8| usize::from(number) % routes.len().max(1);
-        match deed {
-            Deed::New => routes.extend(partition.new_route(None)),
-            Deed::NewOn(Ok(number)) => {
+        match step {
+            Step::New => routes.extend(partition.new_route(None)),
+            Step::NewOn(Ok(number)) => {
                 let fd = routes.get(at(*number)).and_then(|route| route.fileno().ok());
                 assert!(fd.is_none_or(|fd| partition.new_route(Some(fd)).is_err()), "one eventfd on two routes");
             }
             // Numbers that are not open, and those of the standard streams.
-            Deed::NewOn(Err(number)) => {
+            Step::NewOn(Err(number)) => {
                 let fd = if *number < 3 { RawFd::from(*number as u8) } else { 1 << 20 | RawFd::from(*number) };
                 assert!(partition.new_route(Some(fd)).is_err(), "{fd} is no eventfd");
             }
-            Deed::Commit(edits) => {
+            Step::Commit(edits) => {
                 let Ok(mut batch) = Batch::new(Arc::clone(&partition)) else { continue };
                 for (number, edit) in edits {
                     let Some(route) = routes.get(at(*number)) else { continue };
@@ -71,34 +71,34 @@ fuzz_target!(|input: (bool, Vec<Deed>)| {
                 }
                 let _may_fail = batch.commit();
             }
-            Deed::Fail(which, after, times) => {
+            Step::Fail(which, after, times) => {
                 let calls = [Operation::SetMsiRouting, Operation::AssignIrqfd, Operation::DeassignIrqfd];
                 driver.fail(calls[usize::from(which % 3)], 12, (after % 8).into(), (times % 4).into());
             }
-            Deed::Drop(number) if !routes.is_empty() => drop(routes.swap_remove(at(*number))),
-            Deed::Edit(number, _) | Deed::Signal(number, _) | Deed::Consume(number) | Deed::Close(number) => {
+            Step::Drop(number) if !routes.is_empty() => drop(routes.swap_remove(at(*number))),
+            Step::Edit(number, _) | Step::Signal(number, _) | Step::Consume(number) | Step::Close(number) => {
                 let Some(route) = routes.get(at(*number)) else { continue };
-                let _may_fail = match deed {
-                    Deed::Edit(_, Edit::Set(vector)) => msi(*vector).map_or(Ok(()), |msi| route.set_msi(msi)),
-                    Deed::Edit(_, Edit::Clear) => route.clear_msi(),
-                    Deed::Edit(_, Edit::Mask) => route.mask(),
-                    Deed::Edit(_, Edit::Unmask) => route.unmask(),
-                    Deed::Signal(_, times) => route.signal((*times).clamp(1, u64::MAX - 1)),
-                    Deed::Consume(_) => route.consume_pending().map(drop),
+                let _may_fail = match step {
+                    Step::Edit(_, Edit::Set(vector)) => msi(*vector).map_or(Ok(()), |msi| route.set_msi(msi)),
+                    Step::Edit(_, Edit::Clear) => route.clear_msi(),
+                    Step::Edit(_, Edit::Mask) => route.mask(),
+                    Step::Edit(_, Edit::Unmask) => route.unmask(),
+                    Step::Signal(_, times) => route.signal((*times).clamp(1, u64::MAX - 1)),
+                    Step::Consume(_) => route.consume_pending().map(drop),
                     _ => route.close(),
                 };
             }
-            Deed::Drop(_) => {}
+            Step::Drop(_) => {}
         }
         driver.settle();
         for interrupt in driver.take_interrupts(Duration::ZERO) {
-            assert!(interrupt.vector >= 16, "nobody asked for {interrupt:?}");
+            assert!(interrupt.vector >= 16, "spurious {interrupt:?}");
         }
         let table = partition.routing_table().expect("it is open");
         for route in routes.iter().filter(|route| !route.is_closed()) {
             if route.state().expect("it is open") == GsiState::Enabled {
                 let msi = route.msi().expect("it is open").expect("armed routes have an MSI").raw();
-                assert!(table.contains(&(route.gsi(), msi)), "GSI {} is armed and not routed", route.gsi());
+                assert!(table.contains(&(route.gsi(), msi)), "GSI {} is armed but not routed", route.gsi());
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Any sets and drops on the image of a routing table, whose bytes the kernel reads: it holds what was set last.
+//! Any sets and drops on the image of a routing table: the image holds the last entry set for each GSI.
 #![no_main]
 
 use std::collections::BTreeMap;

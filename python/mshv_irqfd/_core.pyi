@@ -31,7 +31,7 @@ class HasFileno(Protocol):
 
 @final
 class MsiRoute:
-    """An MSI: the address and data that a device would write.
+    """An MSI: the address and the data that a device would write there.
 
     Immutable, comparable and hashable.
 
@@ -42,9 +42,9 @@ class MsiRoute:
             delivery mode (3 and 6 are reserved), bit 14 the level, bit 15 the trigger mode.
 
     Raises:
-        ValueError: one of these rules is broken; the message names the value and the rule.
-        OverflowError: negative, or beyond 64 bits.
-        TypeError: not an int.
+        ValueError: a value breaks one of these rules. The message names both.
+        OverflowError: a value is negative, or has more than 64 bits.
+        TypeError: a value is not an int.
 
     Example:
         >>> MsiRoute(0xFEE01000, 0x41) == MsiRoute.fixed(0x41, 1)
@@ -54,11 +54,11 @@ class MsiRoute:
     def __new__(cls, address: int, data: int) -> Self: ...
     @staticmethod
     def fixed(vector: int, apic_id: int) -> MsiRoute:
-        """An edge-triggered interrupt of fixed delivery to one APIC id: what nearly every device sends.
+        """An edge-triggered interrupt with fixed delivery to one APIC id. Nearly every device sends these.
 
         Args:
             vector: 16 to 255.
-            apic_id: 0 to 255 (255 is every processor).
+            apic_id: 0 to 255 (255 is all processors).
         """
 
     @property
@@ -98,13 +98,13 @@ class MsiRoute:
 class EventFd:
     """An eventfd: a counter that one side adds to and the other empties.
 
-    `EventFd()` makes one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates one, and
-    `IrqFdRoute.event` is a view of a route's. Has `fileno()`, so it works with `selectors` and asyncio.
+    `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
+    `IrqFdRoute.event` is a view of a route's. It has `fileno()`, so it works with `selectors` and asyncio.
 
     Threads may share it. It works in a forked child, on the same counter as in the parent.
 
     Raises:
-        IrqFdError: no descriptor is left (EMFILE).
+        IrqFdError: the process has too many open files (EMFILE).
 
     Example:
         >>> with EventFd() as event:
@@ -117,22 +117,22 @@ class EventFd:
     def __new__(cls, _source: IrqFdRoute | int | None = None) -> Self: ...
     @classmethod
     def from_fd(cls, fd: HasFileno | int) -> Self:
-        """Duplicates a caller's eventfd (an int, or an object with `fileno()`), which stays the caller's to close.
+        """Duplicates a caller's eventfd (an int, or an object with `fileno()`). The caller still closes its own.
 
         Raises:
-            ValueError: it is another kind of file, or an eventfd in semaphore mode.
-            IrqFdError: it is not open (EBADF), or no descriptor is left (EMFILE).
+            ValueError: `fd` is another kind of file, or an eventfd in semaphore mode.
+            IrqFdError: `fd` is not open (EBADF), or the process has too many open files (EMFILE).
         """
 
     def fileno(self) -> int:
-        """The descriptor. Readable while something is pending and no kernel or thread has taken it.
+        """The descriptor. It is readable while signals are pending.
 
         Raises:
             ClosedError: it is closed.
         """
 
     def signal(self, n: int | None = None) -> None:
-        """Adds to the counter. Never waits: a counter too full to take `n` stays as it is, and pending.
+        """Adds `n` to the counter. Never waits: a counter without room for `n` stays as it is.
 
         Args:
             n: 1 to 2**64 - 2.
@@ -146,24 +146,24 @@ class EventFd:
         """Empties the counter.
 
         Returns:
-            What it held; 0 if nothing was pending. On a view of an armed route 0: nothing is pending there.
+            Its value; 0 if no signal was pending. Always 0 on a view of an armed route.
 
         Raises:
             ClosedError: it is closed.
         """
 
     def close(self) -> None:
-        """Gives up the descriptor. Closing twice is fine; closing a view leaves the route its own."""
+        """Closes the descriptor. Closing twice is fine. Closing a view does not close the route's descriptor."""
 
     @property
     def closed(self) -> bool:
         """Whether it is closed."""
 
     def _is_left_open(self) -> bool:
-        """Whether a finalizer has something to warn of: not in a forked child."""
+        """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """What a finalizer does: as close()."""
+        """For finalizers: closes."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
@@ -172,17 +172,16 @@ class EventFd:
 class IrqFdRoute:
     """A route: one GSI, one eventfd, and the MSI that a signal on it becomes.
 
-    Made by `Partition.new_irqfd_route()`, unmasked and without an MSI. Whoever has the eventfd (a device model,
-    VFIO, vhost) signals it, and the kernel raises the MSI in the guest. A signal that comes while the route is not
-    armed (masked, without an MSI, or about to be armed again) stays in the eventfd; arming then raises one
-    interrupt for all that is pending.
+    `Partition.new_irqfd_route()` makes a route, unmasked and without an MSI. The holder of the eventfd (a device model,
+    VFIO, vhost) signals it, and the kernel raises the MSI in the guest. While the route is not armed (masked, without
+    an MSI, or during a push), signals stay pending in the eventfd. Arming then raises one interrupt for all of them.
 
-    Threads may share a route; its properties are read without waiting. Close it, or use `with`. In a forked child
+    Threads may share a route. Reading its properties never waits. Close it, or use `with`. In a forked child
     only `signal()` and `fileno()` work; the rest raises `ForkedError`.
 
     Raises:
-        ClosedError: from nearly everything, once it is closed.
-        RouteBrokenError: from everything that would change it, once it is broken (`GsiState.BROKEN`).
+        ClosedError: the route is closed. Nearly every method raises this.
+        RouteBrokenError: the route is broken (`GsiState.BROKEN`). Every method that would change it raises this.
 
     Example:
         >>> partition = open_partition("simulated")
@@ -196,7 +195,7 @@ class IrqFdRoute:
     def __new__(cls, partition: Partition, event: int | None = None) -> Self: ...
     @property
     def gsi(self) -> int:
-        """The GSI, an int. Another route may have it once this one is closed."""
+        """The GSI, an int. After this route is closed, another route may have the same GSI."""
 
     @property
     def partition(self) -> PublicPartition:
@@ -207,15 +206,15 @@ class IrqFdRoute:
         """A view of the route's eventfd. Closing the view does not close the route's descriptor."""
 
     def fileno(self) -> int:
-        """The descriptor of the eventfd, for `selectors`, asyncio, or whoever signals.
+        """The descriptor of the eventfd, for `selectors`, asyncio, or a device model that signals.
 
-        It is readable only while the route is not armed: the kernel empties an armed one before anybody sees it.
+        It is readable only while the route is not armed: the kernel empties an armed eventfd first.
         """
 
     def signal(self) -> None:
-        """Raises the interrupt now if the route is armed, else leaves the signal pending.
+        """Raises the interrupt now if the route is armed; otherwise leaves the signal pending.
 
-        Never waits; a full counter is pending already. Works in a forked child.
+        Never waits, even if the counter is full. Works in a forked child.
 
         Raises:
             ClosedError: the route is closed.
@@ -225,47 +224,56 @@ class IrqFdRoute:
     def set_msi(self, address: MsiRoute, data: None = None) -> None: ...
     @overload
     def set_msi(self, address: int, data: int) -> None:
-        """Sets what a signal becomes, and arms the route unless it is masked.
+        """Sets the MSI that a signal becomes, and arms the route unless it is masked.
 
-        An MSI set while masked is kept and pushed by `unmask()`. Setting what is set already does nothing.
+        An MSI that is set while the route is masked is kept, and `unmask()` pushes it. Setting the same MSI again does
+        nothing.
 
         Args:
-            address: an `MsiRoute`, or the address of an MSI (see there for the rules of both).
-            data: the data of the MSI, unless an `MsiRoute` is given.
+            address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
+            data: the data of the MSI. Omit it with an `MsiRoute`.
 
         Raises:
-            ValueError, OverflowError, TypeError: this is no MSI; the message names the value and the rule.
+            ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the
+                rule.
             MissingVpError: no VP has the destination's APIC id.
-            RoutingError, IrqFdError: the kernel refused; everything is as it was.
+            RoutingError, IrqFdError: the kernel refused, and everything was rolled back.
         """
 
     def clear_msi(self) -> None:
-        """Disarms the route and forgets its MSI. The entry leaves the kernel's table with the next push.
+        """Disarms the route and forgets its MSI. The next push drops its entry from the kernel's table.
 
         Raises:
-            IrqFdError: the kernel refused; everything is as it was.
+            IrqFdError: the kernel refused, and nothing changed.
         """
 
     def mask(self) -> None:
-        """Disarms the route until `unmask()`, whatever MSI is set meanwhile. Never pushes.
+        """Disarms the route until `unmask()`, even if an MSI is set meanwhile. Never pushes.
 
         Raises:
-            IrqFdError: the kernel refused; everything is as it was.
+            IrqFdError: the kernel refused, and nothing changed.
         """
 
     def unmask(self) -> None:
-        """Ends `mask()`: arms the route if it has an MSI, with one interrupt if anything is pending.
+        """Ends `mask()`: arms the route if it has an MSI, and raises one interrupt if signals are pending.
 
-        Pushes only if the MSI changed meanwhile.
+        Pushes only if the kernel's entry is not the route's MSI, for instance if the MSI changed meanwhile.
 
         Raises:
             MissingVpError: no VP has the destination's APIC id.
-            RoutingError, IrqFdError: the kernel refused; everything is as it was.
+            RoutingError, IrqFdError: the kernel refused, and everything was rolled back.
         """
 
     @property
     def masked(self) -> bool:
-        """Whether `mask()` is in force."""
+        """Whether the route is masked."""
+
+    @property
+    def armed_gsi(self) -> int | None:
+        """The GSI where the route is armed, an int: its own, or a spare one whose entry is the same MSI.
+
+        None while it is not armed. A kernel's traces name this GSI.
+        """
 
     @property
     def armed(self) -> bool:
@@ -273,31 +281,31 @@ class IrqFdRoute:
 
     @property
     def msi(self) -> MsiRoute | None:
-        """The MSI that is set, masked or not; None if none is."""
+        """The MSI, also while masked; None if none is set."""
 
     @property
     def state(self) -> GsiState:
-        """What the route's GSI is used for now, a `GsiState`.
+        """The state of the route's GSI, a `GsiState`.
 
-        `ENABLED` exactly while armed, `DISABLED` while not, `BROKEN` when a failed call could not be undone.
+        `ENABLED` while armed, `DISABLED` while not armed, `BROKEN` after a failed rollback.
         """
 
     @property
     def pending(self) -> bool:
-        """Whether a signal waits for the route to be armed. False while it is armed."""
+        """Whether a signal waits for the route to be armed. Always false while the route is armed."""
 
     def consume_pending(self) -> bool:
-        """Takes what is pending, so that arming will not raise it.
+        """Takes the pending signals, so that arming raises no interrupt for them.
 
         Returns:
-            Whether anything was pending. False, without reading, while armed.
+            Whether a signal was pending. Always false while the route is armed.
         """
 
     def close(self) -> None:
-        """Disarms the route, gives its GSI back and closes its descriptor. Never pushes. Closing twice is fine.
+        """Disarms the route, frees its GSI and closes its descriptor. Never pushes. Closing twice is fine.
 
         Raises:
-            IrqFdError: the irqfd could not be disarmed; the route is closed all the same and its GSI set aside.
+            IrqFdError: the irqfd could not be disarmed. The route is closed nevertheless, and its GSI is quarantined.
         """
 
     @property
@@ -305,21 +313,21 @@ class IrqFdRoute:
         """Whether it is closed."""
 
     def _is_left_open(self) -> bool:
-        """Whether a finalizer has something to warn of: not in a forked child."""
+        """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """What a finalizer does: closes, or in a forked child gives up the descriptor and nothing else."""
+        """For finalizers: closes. In a forked child closes only the descriptor."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 
 @final
 class Batch:
-    """Changes to several routes of one partition, made together with one push at the most, or not at all.
+    """Changes to several routes of one partition, made together with at most one push, or not at all.
 
-    Made by `Partition.batch()`. Arguments are checked at each call, the state of the routes at the commit; the last
-    word on a route wins. Leaving the `with` body commits; leaving it by an exception applies nothing. No lock is
-    held meanwhile. A batch can be committed once.
+    `Partition.batch()` begins a batch. Each call checks its arguments; the commit checks the state of the routes. The
+    last change of a route wins. Leaving the `with` block commits; leaving it by an exception changes nothing. The batch
+    holds no lock until it commits. A batch can be committed once.
 
     Example:
         >>> partition = open_partition("simulated")
@@ -339,7 +347,7 @@ class Batch:
         """Sets a route's MSI, as `IrqFdRoute.set_msi()` does.
 
         Raises:
-            ValueError, OverflowError, TypeError: this is no MSI, or `route` is no route.
+            ValueError, OverflowError, TypeError: the arguments are not a route and an MSI.
             ClosedError: the batch is closed.
         """
 
@@ -355,7 +363,7 @@ class Batch:
     def commit(self) -> None:
         """Makes the changes: disarms, pushes once if any entry changed, arms.
 
-        If anything is refused, all is as before. The batch is closed either way.
+        If a call fails, everything is rolled back. The batch is closed either way.
 
         Raises:
             ClosedError: the batch, its partition or one of its routes is closed.
@@ -367,7 +375,7 @@ class Batch:
 
     @property
     def partition(self) -> PublicPartition:
-        """The partition whose routes it changes."""
+        """The partition that the routes belong to."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -381,11 +389,11 @@ class Batch:
 class Partition:
     """A partition (virtual machine) of a hypervisor, and the sole owner of its MSI routing table and irqfds.
 
-    Made by `open_partition()` or `Partition.from_fd()`. Threads may share it. Close it, or use `with`; that closes
-    its routes. In a forked child everything that would touch the partition raises `ForkedError`.
+    `open_partition()` and `Partition.from_fd()` make partitions. Threads may share one. Close it, or use `with`;
+    closing it closes its routes. In a forked child everything that would touch the partition raises `ForkedError`.
 
     Raises:
-        ClosedError: from nearly everything, once it is closed.
+        ClosedError: the partition is closed. Nearly every method raises this.
     """
 
     def __new__(
@@ -396,17 +404,19 @@ class Partition:
         fd: HasFileno | int | None,
         gsis: range,
         keep: Iterable[tuple[int, int, int]],
+        spare: range | None,
         vps: int | Iterable[int] | None,
         quiesce: bool | None,
         allow_missing_vp: bool,
+        preload: bool,
     ) -> Self: ...
     @property
     def backend(self) -> str:
-        """Which kernel it stands on: "mshv", "kvm" or "simulated"."""
+        """The kernel interface: "mshv", "kvm" or "simulated"."""
 
     @property
     def gsis(self) -> range:
-        """The GSIs that are handed out, a `range`."""
+        """The GSIs that are allocated to routes, a `range`."""
 
     @property
     def quiesce(self) -> bool:
@@ -414,14 +424,14 @@ class Partition:
 
     @property
     def vps(self) -> tuple[int, ...] | None:
-        """The indexes of the VPs, which are their APIC ids, in a tuple.
+        """The indexes of the VPs, which are also their APIC ids, in a tuple.
 
-        None if they are not known: an adopted partition whose VPs were not named.
+        None if they are unknown: the partition was adopted without `vps`.
         """
 
     @property
     def routes(self) -> list[PublicIrqFdRoute]:
-        """The open routes, in a list, by GSI."""
+        """The open routes, in a list ordered by GSI."""
 
     @property
     def closed(self) -> bool:
@@ -438,13 +448,14 @@ class Partition:
         """A new route with the lowest free GSI, unmasked and without an MSI.
 
         Args:
-            event: an eventfd of the caller's (an int, or an object with `fileno()`), which is duplicated; by default
-                the route gets one of its own.
+            event: a caller's eventfd (an int, or an object with `fileno()`), which the route duplicates. By default the
+                route makes a new eventfd.
 
         Raises:
             GsiExhaustedError: every GSI is taken.
-            ValueError: `event` is no eventfd, one in semaphore mode, or the eventfd of another route of this process.
-            IrqFdError: `event` is not open (EBADF), or no descriptor is left (EMFILE, which RLIMIT_NOFILE sets).
+            ValueError: `event` is not an eventfd, is in semaphore mode, or belongs to another route of this process.
+            IrqFdError: `event` is not open (EBADF), or the process has too many open files (EMFILE; raise
+                RLIMIT_NOFILE).
         """
 
     def create_vp(self, index: int) -> None:
@@ -454,90 +465,90 @@ class Partition:
             index: 0 to 254.
 
         Raises:
-            ValueError: out of range, or there already.
+            ValueError: `index` is out of range, or the VP already exists.
             VpError: the kernel refused.
-            io.UnsupportedOperation: the partition was adopted; its VPs are made by whoever made it.
+            io.UnsupportedOperation: the partition was adopted. The VMM that made it makes its VPs.
         """
 
     def batch(self) -> Batch:
         """Begins a batch of changes; see `Batch`."""
 
     def gsi_state(self, gsi: int) -> GsiState:
-        """What a GSI is used for.
+        """The state of a GSI, a `GsiState`.
 
         Raises:
-            ValueError: it is not one of `gsis`.
+            ValueError: `gsi` is not one of `gsis`.
         """
 
     def routing_table(self) -> list[RoutingEntry]:
-        """Our record of the MSI entries that the kernel holds, by GSI: no kernel can be asked.
+        """The MSI entries of the last push, in a list ordered by GSI. No kernel can be asked for its table.
 
-        Entries on which nothing is armed may be among them; the next push takes those out that no route has.
+        Some entries may be inert. The next push drops those that no route needs.
         """
 
     def stats(self) -> PartitionStats:
         """Counts since the partition was opened. Works on a closed partition too."""
 
     def close(self) -> None:
-        """Closes the routes and gives up the partition. Closing twice is fine.
+        """Closes the routes and the partition. Closing twice is fine.
 
         Raises:
-            IrqFdError: some irqfds could not be disarmed; all is closed all the same.
+            IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
         """
 
     def _take_interrupts(self, timeout: float) -> list[Interrupt]: ...
     def _settle(self) -> None: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
     def _is_left_open(self) -> bool:
-        """Whether a finalizer has something to warn of: not in a forked child."""
+        """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """What a finalizer does: closes, or in a forked child nothing; the descriptors go with the memory."""
+        """For finalizers: closes. Does nothing in a forked child, where dropping the object closes its descriptors."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 
 @final
 class RawPartition:
-    """A partition with VP 0, on which ioctls are made bare and no rule is kept; for `mshv-irqfd probe` alone."""
+    """A partition with VP 0 that makes bare ioctls and checks nothing. For `mshv-irqfd probe` alone."""
 
     def __new__(cls, backend: str, device: str | PathLike[str]) -> Self: ...
     def set_routing(self, table: list[tuple[int, int, int]]) -> None:
-        """Pushes a table of (GSI, address, data); raises OSError where the kernel refuses."""
+        """Pushes a table of (GSI, address, data). Raises OSError if the kernel refuses."""
 
     def irqfd(self, event: int, gsi: int, *, deassign: bool = False, resample: int | None = None) -> None:
-        """Assigns or deassigns an irqfd; raises OSError where the kernel refuses."""
+        """Assigns or deassigns an irqfd. Raises OSError if the kernel refuses."""
 
     def take_vectors(self) -> list[int] | None:
-        """Takes the vectors out of KVM's local APIC; None on mshv."""
+        """Takes the vectors from KVM's local APIC; None on mshv."""
 
     def push_while_signalling(
         self, table: list[tuple[int, int, int]], event: int, gsi: int, quiesce: bool, seconds: float
     ) -> tuple[int, int]:
-        """Pushes a table again and again while another thread signals; returns the numbers of pushes and signals."""
+        """Pushes a table repeatedly while another thread signals. Returns the numbers of pushes and signals."""
 
     def fileno(self) -> int:
         """The partition's descriptor."""
 
     def close(self) -> None:
-        """Gives up the partition."""
+        """Closes the partition."""
 
 @final
 class Baseline:
-    """A design of `src/bench` on a partition of its own, with one VP.
+    """A design of `src/instruments` on a partition of its own, with one VP.
 
     Args:
         design: "floor", "floor-quiesced" or "rebuild".
         backend: "mshv", "kvm", "simulated" or "null".
-        routes: how many.
+        routes: the number of routes.
     """
 
     def __new__(cls, name: str, backend: str, routes: int) -> Self: ...
     def run(self, workload: str, calls: int) -> int:
-        """Runs a workload a number of times in a row, and returns the nanoseconds that all of them took."""
+        """Runs a workload a number of times in a row, and returns the total time in nanoseconds."""
 
     def close(self) -> None:
-        """Gives up the partition."""
+        """Closes the partition."""
 
 def null_partition(gsis: range) -> Partition:
     """A partition whose kernel does nothing, with one VP."""

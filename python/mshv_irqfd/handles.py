@@ -60,6 +60,7 @@ class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is 
         *,
         gsis: range = DEFAULT_GSIS,
         keep: Iterable[tuple[int, int, int]] = (),
+        spare: range | None = None,
         vps: int | Iterable[int] | None = None,
         quiesce: bool | None = None,
     ) -> Partition:
@@ -76,17 +77,28 @@ class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is 
             gsis: the GSIs to hand out. All others remain the caller's.
             keep: `RoutingEntry`s to include in every push. The first push replaces the table that the kernel has.
                 KVM's pin entries are always included.
+            spare: GSIs that no one else uses, to hold the MSIs that routes are likely to want next (see `preload` of
+                `open_partition`). None: no spare GSIs, so every new MSI is a push.
             vps: the number of VPs (indices from 0 up), or their indices. MSIs are checked against them. None: MSIs
                 are not checked.
             quiesce: whether to disarm all irqfds around every push. None: yes on mshv, no on KVM.
 
         Raises:
             ValueError: `fd` is another kind of file, or a partition that this process has already; or the kernel does
-                not accept `gsis` or `keep`.
+                not accept `gsis`, `keep` or `spare`.
             HypervisorUnavailableError: the kernel refused the descriptor.
         """
         return _class(backend)(
-            backend, device=None, fd=fd, gsis=gsis, keep=keep, vps=vps, quiesce=quiesce, allow_missing_vp=False
+            backend,
+            device=None,
+            fd=fd,
+            gsis=gsis,
+            keep=keep,
+            spare=spare,
+            vps=vps,
+            quiesce=quiesce,
+            allow_missing_vp=False,
+            preload=False,
         )
 
 
@@ -200,6 +212,7 @@ def open_partition(
     vps: int | Iterable[int] = 1,
     quiesce: bool | None = None,
     allow_missing_vp: bool = False,
+    preload: bool = True,
 ) -> Partition:
     """Creates a partition.
 
@@ -212,6 +225,9 @@ def open_partition(
         quiesce: whether to disarm all irqfds around every push. None: where the kernel needs it. On mshv a signal
             during a push can otherwise raise vector 0, and the simulated kernel behaves alike; KVM does not need it.
         allow_missing_vp: whether to arm a route whose destination has no VP. On mshv this can crash the host.
+        preload: whether to use the GSIs outside `gsis` as spare ones, whose entries pushes load with the MSIs that
+            routes are likely to want next. Setting a loaded MSI moves one irqfd and makes no push. False: every new
+            MSI is a push.
 
     Raises:
         HypervisorUnavailableError: no device node is usable. The message names the node and a remedy.
@@ -231,9 +247,11 @@ def open_partition(
             fd=None,
             gsis=gsis,
             keep=(),
+            spare=None,
             vps=vps,
             quiesce=quiesce,
             allow_missing_vp=allow_missing_vp,
+            preload=preload,
         )
 
     if backend != "auto":

@@ -66,3 +66,9 @@ class PartitionStats(NamedTuple):
     """irqfds disarmed, including by quiesced pushes."""
     failures: int
     """Calls that the kernel refused."""
+    hits: int
+    """Messages set on a route that the kernel's table already had: no push."""
+    misses: int
+    """Messages set on a route that the kernel's table did not have."""
+    entries_loaded: int
+    """Spare entries that pushes loaded with messages that routes are likely to want next."""

@@ -1,4 +1,4 @@
-//! Small questions about file descriptors that the standard library has no name for.
+//! Operations on file descriptors that the standard library lacks.
 
 use std::ffi::CString;
 use std::io;
@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Duplicates with close-on-exec set.
+/// Duplicates a descriptor, with close-on-exec set.
 pub fn duplicate(fd: RawFd) -> io::Result<RawFd> {
     // SAFETY: takes and returns plain numbers; a bad one is an error.
     match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) } {
@@ -15,39 +15,39 @@ pub fn duplicate(fd: RawFd) -> io::Result<RawFd> {
     }
 }
 
-/// A duplicate with an owner, for a descriptor that nobody else learns of.
+/// A duplicate with an owner, for a number that no other code learns.
 pub fn owned_duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the duplicate was just made and belongs to nobody else.
     duplicate(fd).map(|own| unsafe { OwnedFd::from_raw_fd(own) })
 }
 
-/// Closes, unless somebody else has: a descriptor closed behind our back must not end the process, which
-/// dropping an `OwnedFd` does where the standard library checks (debug assertions).
+/// Closes a descriptor that other code may have closed. Dropping an `OwnedFd` would end the process in that case, where
+/// the standard library checks for it (debug assertions).
 pub fn close(fd: RawFd) {
-    // SAFETY: takes a number; EBADF is what we allow for, and nothing can be done about other errors.
+    // SAFETY: takes a number. EBADF is expected, and other errors can't be handled.
     unsafe { libc::close(fd) };
 }
 
-/// Drops something that owns a descriptor of a file that /proc calls `kind`, or, where that was closed behind our back,
-/// lets go of it without closing what may have its number by now.
-pub fn drop_if_still<T: AsRawFd>(owner: T, kind: &str) {
+/// Drops the owner of a descriptor, if the descriptor still refers to a file that /proc calls `kind`. Otherwise other
+/// code has closed it, and its number may belong to another file: the owner is forgotten without a drop.
+pub fn drop_unless_closed<T: AsRawFd>(owner: T, kind: &str) {
     if !is_still(owner.as_raw_fd(), kind) {
         std::mem::forget(owner);
     }
 }
 
-/// Whether a number stands for a file of this kind, or, where there is no /proc to say, for any.
+/// Whether a descriptor refers to a file of this kind. Without /proc: whether it is open.
 pub fn is_still(fd: RawFd, kind: &str) -> bool {
     link(fd).map_or_else(|_| is_open(fd), |link| link.starts_with(kind))
 }
 
-/// Whether a number stands for an open file.
+/// Whether a descriptor is open.
 pub fn is_open(fd: RawFd) -> bool {
     // SAFETY: a query on a number.
     unsafe { libc::fcntl(fd, libc::F_GETFD) != -1 }
 }
 
-/// What the descriptor refers to, as /proc names it ("anon_inode:kvm-vm", "/dev/null").
+/// The name that /proc gives to a descriptor's file ("anon_inode:kvm-vm", "/dev/null").
 pub fn link(fd: RawFd) -> io::Result<String> {
     std::fs::read_link(format!("/proc/self/fd/{fd}")).map(|path| path.to_string_lossy().into_owned())
 }
@@ -55,7 +55,7 @@ pub fn link(fd: RawFd) -> io::Result<String> {
 /// Opens a device node for reading and writing.
 pub fn open_device(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: a valid C string; the result is checked and owned by nobody else.
+    // SAFETY: a valid C string. The result is checked and has no other owner.
     unsafe {
         match libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK) {
             -1 => Err(io::Error::last_os_error()),
@@ -64,7 +64,7 @@ pub fn open_device(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-/// Whether both descriptors refer to one open file (kcmp(2), KCMP_FILE); `None` where the kernel won't say.
+/// Whether both descriptors refer to one open file (kcmp(2), KCMP_FILE); `None` if the kernel refuses to compare them.
 pub fn same_file(a: RawFd, b: RawFd) -> Option<bool> {
     const KCMP_FILE: libc::c_int = 0;
     // SAFETY: numbers in, a number out.
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_is_opened_for_both_ways_and_neither_blocks_nor_is_inherited() {
+    fn a_device_is_opened_read_write_non_blocking_and_close_on_exec() {
         let file = open_device(Path::new("/dev/null")).unwrap();
         // SAFETY: queries on an open descriptor.
         let (mode, flags) =
@@ -98,7 +98,7 @@ mod tests {
         assert_eq!(same_file(one.as_raw_fd(), -1), None);
     }
 
-    /// Something that owns a number, and says when it is dropped.
+    /// An owner of a descriptor that records its drop.
     struct Owning<'a>(RawFd, &'a std::cell::Cell<bool>);
 
     impl AsRawFd for Owning<'_> {
@@ -114,13 +114,13 @@ mod tests {
     }
 
     #[test]
-    fn what_owns_a_number_that_means_nothing_or_another_file_is_let_go_and_not_dropped() {
+    fn the_owner_of_a_closed_or_reused_descriptor_is_not_dropped() {
         let open = std::fs::File::open("/dev/null").unwrap();
         for (fd, kind, expected) in
             [(open.as_raw_fd(), "/dev/", true), (open.as_raw_fd(), "pipe:", false), (-1, "/dev/", false)]
         {
             let dropped = std::cell::Cell::new(false);
-            drop_if_still(Owning(fd, &dropped), kind);
+            drop_unless_closed(Owning(fd, &dropped), kind);
             assert_eq!(dropped.get(), expected);
         }
     }

@@ -1,4 +1,4 @@
-//! The eventfd of a route: signalled by device models, read by the kernel while an irqfd is armed on it.
+//! The eventfd of a route. Device models signal it; the kernel empties it while an irqfd is armed on it.
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -14,16 +14,17 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
 
 use super::descriptor;
 
-/// An eventfd of our own (non-blocking, close-on-exec) or a duplicate of a caller's.
+/// A new eventfd (non-blocking, close-on-exec) or a duplicate of a caller's.
 ///
-/// It can be closed while another thread signals it: the descriptor is then given up by whoever leaves last,
-/// so that nobody writes to a number that means another file by then. Nothing here takes a lock.
+/// It can be closed while other threads use it. The last thread to finish then closes the descriptor, so that no thread
+/// writes to a number that belongs to another file by then. Nothing here takes a lock.
 #[derive(Debug)]
 pub struct EventFd {
     inner: ManuallyDrop<SysEventFd>,
-    /// How many threads use the descriptor now, `CLOSED` (nobody may any more), `GONE` (it was given back).
+    /// The number of threads that use the descriptor now, with the flags `CLOSED` (no thread may begin to use it) and
+    /// `GONE` (the descriptor is closed).
     users: AtomicU32,
-    /// A caller's eventfd may be in blocking mode; ours is not.
+    /// Whether it is a duplicate of a caller's eventfd, which may be in blocking mode.
     foreign: bool,
     id: OnceLock<Option<u64>>,
 }
@@ -31,15 +32,15 @@ pub struct EventFd {
 const CLOSED: u32 = 1 << 31;
 const GONE: u32 = 1 << 30;
 
-/// Why a descriptor can't be the eventfd of a route.
+/// The reason why a descriptor can't be the eventfd of a route.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
     #[error("file descriptor {fd} is not open; give an open eventfd")]
     NotOpen { fd: RawFd },
-    #[error("file descriptor {fd} is {what}, not an eventfd; make one with EventFd() or os.eventfd(0)")]
-    NotEventFd { fd: RawFd, what: String },
+    #[error("file descriptor {fd} is {kind}, not an eventfd; make one with EventFd() or os.eventfd(0)")]
+    NotEventFd { fd: RawFd, kind: String },
     #[error(
-        "file descriptor {fd} is an eventfd in semaphore mode, of which a kernel reads one signal at a time; \
+        "file descriptor {fd} is an eventfd in semaphore mode, where each read takes only one signal; \
          make it without EFD_SEMAPHORE"
     )]
     Semaphore { fd: RawFd },
@@ -53,23 +54,23 @@ impl EventFd {
         Ok(Self::own(inner, false))
     }
 
-    /// Duplicates a caller's eventfd, once it is seen to be one that an irqfd can use.
+    /// Duplicates a caller's eventfd, and checks that an irqfd can use it.
     pub fn adopt(fd: RawFd) -> Result<Self, AdoptError> {
         let own = descriptor::duplicate(fd).map_err(|error| match error.raw_os_error() {
             Some(libc::EBADF) => AdoptError::NotOpen { fd },
             _ => AdoptError::Io { fd, error },
         })?;
-        // SAFETY: the duplicate was just made and belongs to nobody else.
+        // SAFETY: the duplicate is new and has no other owner.
         let event = Self::own(unsafe { SysEventFd::from_raw_fd(own) }, true);
         let info = event.info().map_err(|error| AdoptError::Io { fd, error })?;
         if info.field("eventfd-count").is_none() {
-            let what = descriptor::link(own).unwrap_or_else(|_| "another kind of file".into());
-            return Err(AdoptError::NotEventFd { fd, what });
+            let kind = descriptor::link(own).unwrap_or_else(|_| "another kind of file".into());
+            return Err(AdoptError::NotEventFd { fd, kind });
         }
-        // Read now, while the number is surely ours.
+        // Read now, while the number is known to be this eventfd's.
         let id = info.field("eventfd-id");
         event.id.get_or_init(|| id);
-        // The field is there since Linux 6.5; before, semaphore mode can't be told.
+        // Linux has the field since 6.5. Earlier kernels don't report semaphore mode.
         if info.field("eventfd-semaphore") == Some(1) {
             return Err(AdoptError::Semaphore { fd });
         }
@@ -81,7 +82,7 @@ impl EventFd {
     }
 
     fn info(&self) -> io::Result<Info> {
-        // Once closed, the number may be another file's.
+        // Once closed, the number may belong to another file.
         self.using(|fd| std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).map(Info))
     }
 
@@ -105,7 +106,7 @@ impl EventFd {
         })
     }
 
-    /// Runs `action` on the descriptor unless it is closed, and keeps it from being closed meanwhile.
+    /// Runs `action` on the descriptor unless it is closed. Nothing closes it meanwhile.
     fn using<T>(&self, action: impl FnOnce(RawFd) -> io::Result<T>) -> io::Result<T> {
         let before = self.users.fetch_add(1, Ordering::Acquire);
         let result = if before & CLOSED == 0 {
@@ -114,27 +115,27 @@ impl EventFd {
             Err(io::Error::from_raw_os_error(libc::EBADF))
         };
         if self.users.fetch_sub(1, Ordering::Release) == CLOSED | 1 {
-            self.give_up();
+            self.close_if_unused();
         }
         result
     }
 
-    /// Closes the descriptor once, if nobody uses it: whoever leaves later will.
-    fn give_up(&self) {
+    /// Closes the descriptor, once, unless a thread uses it. The last such thread calls this again.
+    fn close_if_unused(&self) {
         let gone = self.users.compare_exchange(CLOSED, CLOSED | GONE, Ordering::Acquire, Ordering::Relaxed);
         if gone.is_ok() {
             descriptor::close(self.inner.as_raw_fd());
         }
     }
 
-    /// Gives up the descriptor, now or when the last thread that uses it is done.
+    /// Closes the descriptor, now or when the last thread that uses it has finished.
     pub fn close(&self) {
         self.users.fetch_or(CLOSED, Ordering::AcqRel);
-        self.give_up();
+        self.close_if_unused();
     }
 
-    /// Lets go of a descriptor that somebody else has closed, without closing what may have its number next.
-    pub fn forget_if_gone(&self) {
+    /// If other code has closed the descriptor, forgets it without a close: the number may belong to another file next.
+    pub fn forget_if_closed(&self) {
         if !descriptor::is_open(self.inner.as_raw_fd()) {
             self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
         }
@@ -149,8 +150,8 @@ impl EventFd {
         self.foreign
     }
 
-    /// Adds `n` to the counter. A counter too full to take it stays as it is: something is pending then,
-    /// which is all that a kernel looks at. Does not wait for room, even in blocking mode.
+    /// Adds `n` to the counter. If the counter has no room for `n`, it stays as it is: signals are pending already, and
+    /// a kernel does not look at their number. Does not wait for room, even in blocking mode.
     pub fn signal(&self, n: u64) -> io::Result<()> {
         self.using(|fd| {
             if self.foreign && !self.has_room(fd, n)? {
@@ -161,7 +162,7 @@ impl EventFd {
         })
     }
 
-    /// Whether the counter can take `n` more, which a write to a file in blocking mode would wait for.
+    /// Whether the counter has room for `n`. In blocking mode a write would wait for that.
     fn has_room(&self, fd: RawFd, n: u64) -> io::Result<bool> {
         match n {
             1 => ready(fd, libc::POLLOUT),
@@ -169,8 +170,8 @@ impl EventFd {
         }
     }
 
-    /// Takes what is pending out of the counter; 0 if nothing is. Never waits: RWF_NOWAIT, whatever mode the
-    /// file is in.
+    /// Empties the counter and returns its value; 0 if no signal is pending. Never waits, even in blocking mode
+    /// (RWF_NOWAIT).
     pub fn consume(&self) -> io::Result<u64> {
         self.using(|fd| {
             let mut count = 0u64;
@@ -191,8 +192,8 @@ impl EventFd {
     }
 }
 
-/// Empties the counters of those that hold anything. Few do after an arming, and poll(2) finds them in a fraction of the
-/// time that reading them all takes. Returns the places of those that can't be read, and why.
+/// Empties the counters that are not 0. After an arming they are few, and poll(2) finds them in a fraction of the time
+/// that reading every counter takes. Returns the index and the error of each that can't be read.
 pub fn drain(events: &[&EventFd]) -> Vec<(usize, io::Error)> {
     /// poll(2) takes no more descriptors than RLIMIT_NOFILE.
     const AT_ONCE: usize = 256;
@@ -202,7 +203,7 @@ pub fn drain(events: &[&EventFd]) -> Vec<(usize, io::Error)> {
     let poll = |event: &&EventFd| libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let mut polls: Vec<_> = events.iter().map(poll).collect();
     for some in polls.chunks_mut(AT_ONCE) {
-        // SAFETY: as many pollfds as it says, which live across the call; a timeout of 0 does not wait.
+        // SAFETY: the pointer and the length of a live slice; a timeout of 0 does not wait.
         if unsafe { libc::poll(some.as_mut_ptr(), some.len() as libc::nfds_t, 0) } < 0 {
             some.iter_mut().for_each(|poll| poll.revents = libc::POLLIN);
         }
@@ -244,14 +245,14 @@ impl AsRef<EventFd> for EventFd {
     }
 }
 
-/// Whatever holds an eventfd, and can be held in turn: a kernel keeps the file of an irqfd open, and a simulated one
-/// keeps this.
+/// The owner of an eventfd, which can be shared. A kernel keeps the file of an irqfd open; the simulated kernel keeps a
+/// share of the owner instead.
 pub trait Holder {
     fn event(&self) -> &EventFd;
     fn share(&self) -> Share;
 }
 
-/// One share of what holds an eventfd.
+/// A share of an eventfd's owner.
 pub type Share = Arc<dyn AsRef<EventFd> + Send + Sync>;
 
 impl<T: AsRef<EventFd> + Send + Sync + 'static> Holder for Arc<T> {
@@ -270,13 +271,13 @@ impl Drop for EventFd {
     }
 }
 
-/// The text of /proc/self/fdinfo/N (proc_pid_fdinfo(5)): a name, a colon and a value a line.
+/// The text of /proc/self/fdinfo/N (proc_pid_fdinfo(5)): a name, a colon and a value on each line.
 pub(super) struct Info(pub(super) String);
 
 impl Info {
     pub(super) fn field(&self, name: &str) -> Option<u64> {
         let (_, value) = self.0.lines().filter_map(|line| line.split_once(':')).find(|(key, _)| *key == name)?;
-        // The counter is printed in hexadecimal, the others in decimal; only its presence matters.
+        // The counter is hexadecimal, the other fields are decimal.
         let value = value.trim();
         if name == "eventfd-count" { u64::from_str_radix(value, 16).ok() } else { value.parse().ok() }
     }
@@ -294,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_signalled_is_consumed_once() {
+    fn consume_takes_all_signals_once() {
         let event = EventFd::new().unwrap();
         assert_eq!(event.consume().unwrap(), 0);
         event.signal(1).unwrap();
@@ -309,7 +310,7 @@ mod tests {
         let fd = raw(0);
         let event = EventFd::adopt(fd).unwrap();
         let (done, over) = std::sync::mpsc::channel();
-        // A thread of its own, which can be left behind where it blocks.
+        // A thread of its own: if it blocks, the test goes on without it.
         std::thread::spawn(move || {
             let empty = event.consume().unwrap();
             event.signal(u64::MAX - 1).unwrap();
@@ -340,7 +341,7 @@ mod tests {
         assert!(matches!(EventFd::adopt(semaphore), Err(AdoptError::NotOpen { .. })));
         let file = std::fs::File::open("/dev/null").unwrap();
         match EventFd::adopt(file.as_raw_fd()) {
-            Err(AdoptError::NotEventFd { what, .. }) => assert_eq!(what, "/dev/null"),
+            Err(AdoptError::NotEventFd { kind, .. }) => assert_eq!(kind, "/dev/null"),
             other => panic!("{other:?}"),
         }
     }
@@ -354,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_event_is_no_duplicate_of_what_has_its_number_or_its_eventfd() {
+    fn a_closed_event_is_not_the_same_as_a_file_with_its_number_or_a_duplicate() {
         let (event, looked_at) = (EventFd::new().unwrap(), EventFd::new().unwrap());
         looked_at.id().unwrap();
         let twin = EventFd::adopt(looked_at.as_raw_fd()).unwrap();
@@ -379,20 +380,20 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_somebody_else_gave_up_is_not_closed_again() {
+    fn a_descriptor_closed_by_other_code_is_not_closed_again() {
         let event = EventFd::new().unwrap();
-        event.forget_if_gone();
+        event.forget_if_closed();
         assert!(!event.is_closed());
         // A number that no other test can have.
         let number = 1 << 30;
-        // SAFETY: it is never read, written or closed, which is what is shown.
+        // SAFETY: it is never read, written or closed, as the test shows.
         let gone = EventFd::own(unsafe { SysEventFd::from_raw_fd(number) }, false);
-        gone.forget_if_gone();
+        gone.forget_if_closed();
         assert!(gone.is_closed());
     }
 
     #[test]
-    fn closing_while_others_signal_gives_the_descriptor_up_once_and_for_all() {
+    fn closing_while_other_threads_signal_closes_the_descriptor_once() {
         for _ in 0..200 {
             let event = EventFd::new().unwrap();
             std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! What the fuzz targets call and nobody else may: there under `--cfg fuzzing` only.
+//! Entry points for the fuzz targets, compiled only with `--cfg fuzzing`.
 
 use super::event::Info;
 use super::table::Table;
@@ -8,7 +8,7 @@ pub fn fdinfo_field(text: &str, name: &str) -> Option<u64> {
     Info(text.to_owned()).field(name)
 }
 
-/// The fixed entries and the others of a table after some of them were set or dropped: GSIs below 4096 and values.
+/// A table's fixed entries and its other entries after `changes`, which set or drop entries by GSI (below 4096).
 pub fn table_after(fixed: &[u32], changes: &[(u32, Option<u32>)]) -> (Vec<u32>, Vec<(u32, u32)>) {
     let fixed: Vec<_> = fixed.iter().map(|value| [u32::MAX, *value]).collect();
     let mut table = Table::new(&fixed);

@@ -21,10 +21,10 @@ use super::{CallError, CallResult, Hypervisor, Interrupt, Operation, RawMsi, des
 /// The device node of KVM.
 pub const DEVICE: &str = "/dev/kvm";
 
-/// What /proc calls the file of a VM.
+/// The name that /proc gives to a VM's file.
 pub const LINK: &str = "anon_inode:kvm-vm";
 
-/// What it calls those of vCPUs, before their ids.
+/// The start of the name that /proc gives to a vCPU's file. The vCPU's id follows.
 const VCPU_LINK: &str = "anon_inode:kvm-vcpu";
 
 /// Offsets in the local APIC's register page (Intel SDM volume 3, "Local APIC Register Address Map").
@@ -37,13 +37,13 @@ const ENABLED: u32 = 0x1FF;
 pub struct KvmPartition {
     vm: Option<VmFd>,
     vcpus: Arc<KvmVcpus>,
-    /// vCPUs whose local APIC could not be turned on, by index. A vCPU ends with its VM only and can't be made twice.
+    /// vCPUs whose local APIC could not be enabled, by index. A vCPU lives as long as its VM and can't be made twice.
     unfinished: BTreeMap<u8, VcpuFd>,
     table: Table<calls::Entry>,
     has_pins: bool,
 }
 
-/// The virtual CPUs, whose local APICs tell what has arrived while nothing runs them.
+/// The vCPUs. While nothing runs them, their local APICs hold the interrupts that have arrived.
 #[derive(Default)]
 pub struct KvmVcpus(Mutex<Vec<VcpuFd>>);
 
@@ -77,12 +77,12 @@ impl KvmPartition {
         })
     }
 
-    /// Stands on a duplicate of a VM's descriptor. `keep` stays in every table pushed, and so do the pins of
-    /// interrupt controllers that are in the kernel. `device` is asked for the size of a vCPU's run area.
+    /// Takes over a VM from a duplicate of its descriptor. Every push keeps the entries of `keep`, and the pins of
+    /// in-kernel interrupt controllers. `device` reports the size of a vCPU's run area.
     pub fn adopt(device: &Path, fd: OwnedFd, keep: &[(u32, RawMsi)]) -> CallResult<Self> {
         let kvm = open_device(device)?;
         let fd = fd.into_raw_fd();
-        // SAFETY: nobody else owns the descriptor.
+        // SAFETY: the descriptor has no other owner.
         let vm = unsafe { kvm.create_vmfd_from_rawfd(fd) }.map_err(|error| {
             descriptor::close(fd);
             failed(Operation::Open, "KVM_GET_VCPU_MMAP_SIZE", error)
@@ -99,7 +99,7 @@ impl KvmPartition {
         })
     }
 
-    /// The virtual CPUs made here, to see what arrived.
+    /// The vCPUs made here, for an observer.
     pub fn vcpus(&self) -> Arc<KvmVcpus> {
         Arc::clone(&self.vcpus)
     }
@@ -109,9 +109,9 @@ impl KvmPartition {
     }
 }
 
-/// Whether a VM's PICs and IOAPIC are in the kernel, with pins in its routing table. Where only the local APICs are
-/// ("split irqchip"), there are none; where nothing is there yet, it is too early to adopt the VM: the controllers
-/// would bring their pins into a table that the next push replaces.
+/// Whether a VM's PICs and IOAPIC are in the kernel, with pins in its routing table. A VM with only its local APICs in
+/// the kernel ("split irqchip") has no pins. A VM without any controller can't be adopted yet: making the controllers
+/// would add their pins to a table that the next push replaces.
 fn has_irqchip(vm: &VmFd) -> CallResult<bool> {
     const CALL: &str = "KVM_GET_IRQCHIP";
     match vm.get_irqchip(&mut kvm_irqchip::default()) {
@@ -119,7 +119,7 @@ fn has_irqchip(vm: &VmFd) -> CallResult<bool> {
         Err(error) if error.errno() == libc::ENXIO => {}
         Err(error) => return Err(failed(Operation::Open, CALL, error)),
     }
-    // An irqfd without a descriptor is refused for that (EBADF) only where there is a controller to raise it.
+    // KVM checks the descriptor of an irqfd (EBADF) only after it has found a controller to raise it.
     match calls::irqfd(vm, Irqfd::assign(-1, 0)) {
         Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(false),
         _ => Err(CallError::new(Operation::Open, CALL, libc::ENXIO)),
@@ -130,7 +130,7 @@ fn entry(gsi: u32, msi: RawMsi) -> calls::Entry {
     calls::entry(gsi, msi.address.into(), msi.data)
 }
 
-/// Turns a vCPU's local APIC on, as a guest does first.
+/// Enables a vCPU's local APIC, as a guest does at boot.
 fn enable_lapic(vcpu: &VcpuFd) -> CallResult {
     let failed = |call| move |error| failed(Operation::CreateVp, call, error);
     let mut lapic = vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
@@ -198,7 +198,7 @@ impl Hypervisor for KvmPartition {
 }
 
 impl AsRawFd for KvmPartition {
-    /// -1 once it is being dropped.
+    /// -1 during the drop.
     fn as_raw_fd(&self) -> RawFd {
         self.fd().unwrap_or(-1)
     }
@@ -213,8 +213,8 @@ impl fmt::Debug for KvmPartition {
 impl Drop for KvmPartition {
     fn drop(&mut self) {
         let unfinished = std::mem::take(&mut self.unfinished).into_values();
-        unfinished.for_each(|vcpu| descriptor::drop_if_still(vcpu, VCPU_LINK));
-        self.vm.take().into_iter().for_each(|vm| descriptor::drop_if_still(vm, LINK));
+        unfinished.for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
+        self.vm.take().into_iter().for_each(|vm| descriptor::drop_unless_closed(vm, LINK));
     }
 }
 
@@ -223,8 +223,8 @@ impl KvmVcpus {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads and clears the interrupt request registers. A register is read, cleared and written back in
-    /// two ioctls: what arrives between them is lost to the reader, so signallers must be at rest.
+    /// Reads and clears the interrupt request registers. This takes two ioctls, and an interrupt that arrives between
+    /// them is lost, so nothing may signal meanwhile.
     pub fn take_interrupts(&self) -> io::Result<Vec<Interrupt>> {
         let mut taken = Vec::new();
         for vcpu in self.lock().iter() {
@@ -256,9 +256,9 @@ impl fmt::Debug for KvmVcpus {
 
 impl Drop for KvmVcpus {
     fn drop(&mut self) {
-        // No lock: a forked child could find it held for good.
+        // No lock: in a forked child it could stay locked for ever.
         let vcpus = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        vcpus.drain(..).for_each(|vcpu| descriptor::drop_if_still(vcpu, VCPU_LINK));
+        vcpus.drain(..).for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
     }
 }
 

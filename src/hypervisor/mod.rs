@@ -1,7 +1,7 @@
 //! The kernels that can hold a routing table and irqfds, each behind [`Hypervisor`].
 //!
-//! Everything that is `unsafe` lives below this module. What a caller may rely on is said here, once;
-//! what each kernel does with it is said in its own file.
+//! All `unsafe` code is below this module. The trait states the contract once; each kernel's file explains how that
+//! kernel meets it.
 
 pub mod calls;
 pub mod descriptor;
@@ -20,18 +20,18 @@ use std::os::fd::RawFd;
 
 use event::{EventFd, Holder};
 
-/// Both kernels take GSIs below this (`MSHV_MAX_GUEST_IRQS`, `KVM_MAX_IRQ_ROUTES`).
+/// Both kernels accept GSIs below this (`MSHV_MAX_GUEST_IRQS`, `KVM_MAX_IRQ_ROUTES`).
 pub const MAX_GSIS: u32 = 4096;
 
-/// Where an interrupt controller has pins, the GSIs below this are those of its IOAPIC.
+/// In a table with an interrupt controller's pins, the GSIs below this are the IOAPIC's.
 pub const PIN_GSIS: u32 = 24;
 
-/// Table entries for the pins: 16 of the two PICs, 24 of the IOAPIC.
+/// The number of table entries for the pins: 16 for the two PICs, 24 for the IOAPIC.
 pub const PIN_ENTRIES: usize = 40;
 
-/// The address and data of a message-signalled interrupt as a routing table holds them.
+/// The address and data of an MSI, as a routing table holds them.
 ///
-/// Both kernels keep 32 address bits here: the upper half of an MSI address is 0 on x86.
+/// The address has 32 bits: the upper half of an MSI address is 0 on x86.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RawMsi {
     pub address: u32,
@@ -44,14 +44,14 @@ impl fmt::Debug for RawMsi {
     }
 }
 
-/// What a guest is asked to take. KVM's local APIC can be asked for the vector only.
+/// An interrupt that a guest received. KVM's local APIC reports only its vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interrupt {
     pub vector: u8,
     pub target: Option<Target>,
 }
 
-/// Where and how an interrupt goes, decoded from an MSI.
+/// The destination and delivery of an interrupt, decoded from an MSI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
     pub destination: u8,
@@ -61,8 +61,8 @@ pub struct Target {
 }
 
 impl Interrupt {
-    /// Decodes as `mshv_copy_girq_info()` of the mshv driver does (drivers/hv/mshv_irq.c), which looks at
-    /// no other bit of address and data; Intel SDM volume 3, "Message Signalled Interrupts" gives the fields.
+    /// Decodes an MSI as the mshv driver's `mshv_copy_girq_info()` does (drivers/hv/mshv_irq.c), which ignores all
+    /// other bits. Intel SDM volume 3, "Message Signalled Interrupts", defines the fields.
     pub fn decode(msi: RawMsi) -> Self {
         Self { vector: msi.data as u8, target: Some(Target::decode(msi)) }
     }
@@ -79,7 +79,7 @@ impl Target {
     }
 }
 
-/// The calls into a kernel that can fail, by the names their documentation uses.
+/// The calls into a kernel that can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
     SetMsiRouting,
@@ -96,7 +96,7 @@ pub enum Operation {
 #[error("{call}: {}", std::io::Error::from_raw_os_error(*errno))]
 pub struct CallError {
     pub operation: Operation,
-    /// The ioctl or system call, as its manual names it.
+    /// The name of the ioctl or system call, as its manual has it.
     pub call: &'static str,
     pub errno: i32,
 }
@@ -106,19 +106,19 @@ impl CallError {
         Self { operation, call, errno }
     }
 
-    /// The error of a system call.
+    /// A system call's error.
     pub fn of(operation: Operation, call: &'static str, error: &std::io::Error) -> Self {
         Self::new(operation, call, error.raw_os_error().unwrap_or(libc::EIO))
     }
 
-    /// The error that the system call just made has left in `errno`.
+    /// The error of the last system call, from `errno`.
     pub fn last(operation: Operation, call: &'static str) -> Self {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
         Self::new(operation, call, errno)
     }
 }
 
-/// The C library's words for an error number.
+/// The C library's message for an error number.
 pub fn strerror(errno: i32) -> String {
     let mut text = std::io::Error::from_raw_os_error(errno).to_string();
     text.truncate(text.rfind(" (os error ").unwrap_or(text.len()));
@@ -127,7 +127,7 @@ pub fn strerror(errno: i32) -> String {
 
 pub type CallResult<T = ()> = Result<T, CallError>;
 
-/// Which kernel interface a partition stands on.
+/// The kernel interface of a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Backend {
     Mshv,
@@ -146,14 +146,14 @@ impl Backend {
         }
     }
 
-    /// Whether the tables of partitions made here start with the pins of an IOAPIC and two PICs.
+    /// Whether the routing table of a new partition starts with the pins of an IOAPIC and two PICs.
     pub fn has_pins(self) -> bool {
         matches!(self, Self::Kvm)
     }
 
-    /// Whether a push needs all irqfds disarmed around it. The mshv driver rewrites the decoded route of
-    /// every armed irqfd without protection from its wake-up handler, so that a signal meanwhile becomes
-    /// vector 0 (drivers/hv/mshv_eventfd.c, `mshv_irqfd_wakeup`); KVM uses its seqcount properly.
+    /// Whether pushes must be quiesced. At a push the mshv driver rewrites the decoded route of every armed irqfd
+    /// without excluding its wake-up handler, so that a concurrent signal can become vector 0
+    /// (drivers/hv/mshv_eventfd.c, `mshv_irqfd_wakeup`). KVM protects the route with a seqcount.
     pub fn needs_quiesced_push(self) -> bool {
         !matches!(self, Self::Kvm)
     }
@@ -167,8 +167,8 @@ impl Backend {
         }
     }
 
-    /// Whether physical destination 0xFF (all processors) is safe. On the root scheduler the mshv driver
-    /// takes it for the index of one VP (`mshv_try_assert_irq_fast`), which does not exist.
+    /// Whether physical destination 0xFF (all processors) is safe. On the root scheduler the mshv driver takes it for
+    /// the index of a VP (`mshv_try_assert_irq_fast`), and that VP does not exist.
     pub fn takes_broadcast(self) -> bool {
         matches!(self, Self::Kvm)
     }
@@ -182,7 +182,7 @@ impl std::str::FromStr for Backend {
     }
 }
 
-/// A name that is no backend's.
+/// An unknown backend name.
 #[derive(Debug, thiserror::Error)]
 #[error("backend {0:?} is unknown; give \"mshv\", \"kvm\" or \"simulated\"")]
 pub struct UnknownBackend(String);
@@ -195,17 +195,16 @@ impl fmt::Display for Backend {
 
 /// One partition of one kernel: its routing table, its irqfds, its virtual processors.
 ///
-/// The implementation owns an image of the table and changes it in place: `set_entry` and `drop_entry` touch
-/// memory only and take constant time, `push` is one ioctl that makes the image the kernel's table. A push
-/// that fails leaves the kernel's table as it was.
+/// An implementation owns an image of the table and changes it in place. `set_entry` and `drop_entry` change memory
+/// only, in constant time. `push` is one ioctl, which replaces the kernel's table with the image. If it fails, the
+/// kernel's table stays as it was.
 ///
-/// The caller keeps the promises that the kernels need: an irqfd is assigned only while the kernel's table
-/// has an entry for its GSI, and an event is assigned to one GSI at a time. Implementations do not check.
+/// The caller must assign an irqfd only while the kernel's table has an entry for its GSI, and an event to one GSI at a
+/// time. Implementations do not check this.
 ///
-/// `assign` asks for one interrupt if signals were pending; `drain`, called for all that were assigned, takes the
-/// signals for which these interrupts stand out of the events' counters, and none that came later. After
-/// `deassign` signals stay there.
-/// Each may be called for an event whose descriptor was closed behind our back: that is an error (EBADF).
+/// `assign` raises one interrupt if signals are pending. `drain`, called afterwards for all assigned events, removes
+/// those signals from the counters, and no later ones. After `deassign`, signals stay in the counter. If other code has
+/// closed an event's descriptor, the calls fail with EBADF.
 pub trait Hypervisor: Send + fmt::Debug {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi);
     fn drop_entry(&mut self, gsi: u32);
@@ -213,19 +212,19 @@ pub trait Hypervisor: Send + fmt::Debug {
     fn push(&mut self) -> CallResult<usize>;
     fn assign(&mut self, gsi: u32, event: &dyn Holder) -> CallResult;
     fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult;
-    /// Both real kernels leave the counter as it was at arming, so it is read here. A signal that comes now is not
-    /// taken with it: the kernel's own handler empties the counter under the eventfd's lock before the signaller's
-    /// write returns (`mshv_irqfd_wakeup`, `irqfd_wakeup`). Returns the places of those that can't be read, and why.
+    /// Reads the counters: at arming, both real kernels leave them as they were. This takes no later signal: the
+    /// kernel's handler empties the counter under the eventfd's lock before the signaller's write returns
+    /// (`mshv_irqfd_wakeup`, `irqfd_wakeup`). Returns the index and the error of each event that can't be read.
     fn drain(&mut self, events: &[&EventFd]) -> Vec<(usize, CallError)> {
         let failed = |(place, error)| (place, CallError::of(Operation::Event, "preadv2", &error));
         event::drain(events).into_iter().map(failed).collect()
     }
     /// Creates the virtual processor with this index, which is also its APIC id.
     fn create_vp(&mut self, index: u8) -> CallResult;
-    /// Whether the first GSIs and entries of a table are those of an interrupt controller's pins.
+    /// Whether the table starts with the entries of an interrupt controller's pins, which own the first GSIs.
     fn has_pins(&self) -> bool {
         false
     }
-    /// The partition's own descriptor, where it has one.
+    /// The partition's descriptor, if it has one.
     fn fd(&self) -> Option<RawFd>;
 }

@@ -16,14 +16,14 @@ use super::{CallError, CallResult, Hypervisor, Operation, RawMsi, descriptor};
 /// The device node of the driver.
 pub const DEVICE: &str = "/dev/mshv";
 
-/// What /proc calls the file of a partition.
+/// The name that /proc gives to a partition's file.
 pub const LINK: &str = "anon_inode:mshv_partition";
 
-/// What it calls those of VPs.
+/// The name that /proc gives to a VP's file.
 const VP_LINK: &str = "anon_inode:mshv_vp";
 
 enum Vm {
-    /// Made here: dropped with its partition's last descriptor, unless that was closed behind our back.
+    /// Made here. Dropping it closes its descriptors, unless other code has closed them.
     Made { vm: Option<VmFd>, vps: Vec<VcpuFd> },
     /// A duplicate of a caller's descriptor. `VmFd` can't be made from one.
     Adopted(RawFd),
@@ -41,13 +41,13 @@ fn failed(operation: Operation, call: &'static str, error: MshvError) -> CallErr
 }
 
 impl MshvPartition {
-    /// Makes a partition. `create_vm` of the crate panics where the hypervisor refuses to tell its
-    /// properties; the bare ioctl with the driver's own defaults ("enable everything") needs none of them.
+    /// Makes a partition. The crate's `create_vm` panics where the hypervisor refuses to report its properties. The
+    /// bare ioctl does not need them: it uses the driver's defaults ("enable everything").
     pub fn open(device: &Path) -> CallResult<Self> {
         let fd = descriptor::open_device(device).map_err(|error| {
             CallError::new(Operation::Open, "open", error.raw_os_error().unwrap_or(libc::EINVAL))
         })?;
-        // SAFETY: the descriptor was just opened and is given away for good.
+        // SAFETY: the descriptor is new, and `mshv` becomes its only owner.
         let mshv = unsafe { Mshv::new_with_fd_number(fd.into_raw_fd()) };
         let arguments = mshv_create_partition_v2 {
             pt_flags: 1 << MSHV_PT_BIT_LAPIC | 1 << MSHV_PT_BIT_X2APIC,
@@ -61,7 +61,7 @@ impl MshvPartition {
         Ok(Self { vm: Vm::Made { vm: Some(vm), vps: Vec::new() }, fd, table: Table::new(&[]) })
     }
 
-    /// Stands on a duplicate of a partition's descriptor. `keep` stays in every table pushed.
+    /// Takes over a partition from a duplicate of its descriptor. Every push keeps the entries of `keep`.
     pub fn adopt(fd: OwnedFd, keep: &[(u32, RawMsi)]) -> Self {
         let fd = fd.into_raw_fd();
         let keep: Vec<_> = keep.iter().map(|(gsi, msi)| entry(*gsi, *msi)).collect();
@@ -105,8 +105,8 @@ impl Hypervisor for MshvPartition {
                     vps.push(vp);
                     Ok(())
                 }
-                // Made by an earlier call that failed after the ioctl, at mapping its register page. A VP ends with its
-                // partition only, and nobody uses its descriptor here.
+                // An earlier call made the VP and failed afterwards, when it mapped the register page. A VP lives as
+                // long as its partition, and its descriptor is not needed here.
                 Err(error) if error.errno() == libc::EEXIST => Ok(()),
                 Err(error) => Err(failed(Operation::CreateVp, "MSHV_CREATE_VP", error)),
             },
@@ -135,8 +135,8 @@ impl Drop for MshvPartition {
     fn drop(&mut self) {
         match &mut self.vm {
             Vm::Made { vm, vps } => {
-                vps.drain(..).for_each(|vp| descriptor::drop_if_still(vp, VP_LINK));
-                vm.take().into_iter().for_each(|vm| descriptor::drop_if_still(vm, LINK));
+                vps.drain(..).for_each(|vp| descriptor::drop_unless_closed(vp, VP_LINK));
+                vm.take().into_iter().for_each(|vm| descriptor::drop_unless_closed(vm, LINK));
             }
             Vm::Adopted(fd) if descriptor::is_still(*fd, LINK) => descriptor::close(*fd),
             Vm::Adopted(_) => {}

@@ -1,4 +1,4 @@
-//! Observers: how to see which interrupts arrived in a guest, where a kernel tells.
+//! Observers: they report the interrupts that a guest received, if its kernel can.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -8,22 +8,22 @@ use super::Interrupt;
 use super::kvm::{KvmPartition, KvmVcpus};
 use super::simulated::{Driver, SimulatedPartition};
 
-/// Asks a partition's kernel about interrupts. Weak, so that a closed partition is gone.
+/// Asks a partition's kernel for received interrupts. It holds a weak reference, so that it keeps no partition alive.
 #[derive(Debug, Default)]
 pub enum Observer {
-    /// The mshv driver does not tell.
+    /// The mshv driver does not report interrupts.
     #[default]
     None,
     Kvm(Weak<KvmVcpus>),
     Simulated(Weak<Driver>),
 }
 
-/// Why an observer has no answer.
+/// The reason why an observer has no answer.
 #[derive(Debug)]
 pub enum ObserveError {
     /// The partition is closed.
     Closed,
-    /// This kernel can't be asked that.
+    /// The kernel does not support the query.
     Unsupported,
     Io(io::Error),
 }
@@ -43,7 +43,7 @@ impl Observer {
         Self::Simulated(Arc::downgrade(&partition.driver()))
     }
 
-    /// Takes the interrupts that arrived. Waits for one for as long as `wait`, or returns early without one.
+    /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>, ObserveError> {
         match self {
             Self::None => Err(ObserveError::Unsupported),
@@ -52,7 +52,7 @@ impl Observer {
                 let vcpus = vcpus.upgrade().ok_or(ObserveError::Closed)?;
                 let taken = vcpus.take_interrupts()?;
                 if taken.is_empty() {
-                    // No event tells of a bit set in a register, so the caller looks again.
+                    // No event announces a bit set in a register, so the caller has to poll.
                     std::thread::sleep(wait.min(Duration::from_micros(200)));
                 }
                 Ok(taken)

@@ -1,26 +1,26 @@
-//! Which process owns what: told without a system call, and right after every kind of fork.
+//! The process that owns an object. The check needs no system call and detects every kind of fork.
 
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-/// The process that made an object. A forked child is another owner, whatever the parent's memory says.
+/// The process that made an object. A forked child is another owner, even though it has a copy of the parent's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner(u64);
 
-/// Counts the processes of this line of forks; ordinary memory, so a child goes on from its parent's count
-/// and never takes a number that an object it inherited could carry.
+/// The number of the last owner in this line of forks. It is ordinary memory, so a child continues its parent's count,
+/// and never takes the number of an object that it inherited.
 static LAST: AtomicU64 = AtomicU64::new(0);
 
-/// A page that the kernel wipes in a forked child (madvise(2), MADV_WIPEONFORK), so that the number in it
-/// is gone there. Unlike a pthread_atfork handler this also sees forks that bypass the C library.
+/// A page with the owner's number. The kernel wipes it in a forked child (madvise(2), MADV_WIPEONFORK). Unlike a
+/// pthread_atfork handler, this also detects forks that bypass the C library.
 static PAGE: OnceLock<Result<&'static AtomicU64, i32>> = OnceLock::new();
 
 fn page() -> Result<&'static AtomicU64, i32> {
     *PAGE.get_or_init(|| {
         let errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOMEM);
-        // SAFETY: a new anonymous mapping, of one page, which is never unmapped and starts out as zeros: a
-        // valid AtomicU64 for the life of the process.
+        // SAFETY: a new anonymous mapping of one page, all zeros, which is never unmapped once it is returned: a valid
+        // AtomicU64 for the life of the process.
         unsafe {
             let size = libc::sysconf(libc::_SC_PAGESIZE) as usize;
             let address = libc::mmap(
@@ -45,7 +45,7 @@ fn page() -> Result<&'static AtomicU64, i32> {
 }
 
 impl Owner {
-    /// This process. Fails where the kernel can't tell forks apart (before Linux 4.14).
+    /// The calling process. Fails where the kernel has no MADV_WIPEONFORK (before Linux 4.14).
     pub fn current() -> io::Result<Self> {
         let page = page().map_err(io::Error::from_raw_os_error)?;
         let known = page.load(Ordering::Acquire);
@@ -65,8 +65,8 @@ impl Owner {
     }
 }
 
-/// A value of which each process has its own: a forked child starts with a new one instead of a copy whose
-/// locks may be held by threads that it does not have. What the parent had is left alone there.
+/// A value that each process has for itself. A forked child starts with a new one, because threads that it does not
+/// have may hold the locks of the parent's. The child leaves its copy of the parent's value alone.
 #[derive(Debug)]
 pub struct PerProcess<T: 'static>(AtomicPtr<(Owner, T)>);
 
@@ -87,7 +87,7 @@ impl<T: Default + Sync> PerProcess<T> {
             }
             let new = Box::into_raw(Box::new((owner, T::default())));
             if self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
-                // SAFETY: nobody else has seen this pointer.
+                // SAFETY: the pointer was never shared.
                 drop(unsafe { Box::from_raw(new) });
             }
         }
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_forked_child_is_another_owner_and_the_parent_stays_what_it_was() {
+    fn a_forked_child_is_another_owner_and_its_parent_stays_the_same() {
         static VALUES: PerProcess<AtomicU64> = PerProcess::new();
         let owner = Owner::current().unwrap();
         VALUES.get().unwrap().store(7, Ordering::Relaxed);
@@ -130,10 +130,10 @@ mod tests {
     #[test]
     fn the_check_makes_no_system_call() {
         let owner = Owner::current().unwrap();
-        // SAFETY: the child makes system calls and the check only, and ends without unwinding.
+        // SAFETY: the child makes only system calls and the check, and ends without unwinding.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            // SAFETY: from the first on, any system call but read, write and exit kills the child.
+            // SAFETY: after the first call, any system call but read, write and exit kills the child.
             unsafe {
                 let strict = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_STRICT);
                 let ok = strict == 0 && !owner.is_current();
@@ -143,6 +143,6 @@ mod tests {
         let mut status = -1;
         // SAFETY: waits for the child made above.
         assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-        assert_eq!(status, 0, "killed for a system call, or not told that it is a child");
+        assert_eq!(status, 0, "killed for a system call, or took itself for the owner");
     }
 }

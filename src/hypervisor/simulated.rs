@@ -1,10 +1,10 @@
-//! A kernel in this process, with the tables and the habits of the mshv driver and no privileges.
+//! A simulated kernel in this process, which behaves like the mshv driver and needs no privileges.
 //!
-//! Eventfds are real ones, watched by one thread a partition. What the driver does with a table, an irqfd
-//! and a signal is done here as its sources do it (drivers/hv/mshv_irq.c, mshv_eventfd.c), errors and flaws
-//! included, so that a caller who would hurt a real guest is seen doing so. Two things differ: delivery is
-//! the thread's, so a signal is an interrupt a moment after its write (`settle` waits for that), and signals
-//! that come faster than the thread reads them become one interrupt, as an eventfd counts them.
+//! Eventfds are real, and one thread per partition watches them. Tables, irqfds and signals follow the driver's sources
+//! (drivers/hv/mshv_irq.c, mshv_eventfd.c), including their errors and flaws, so that tests detect a caller who would
+//! harm a real guest. There are two differences. The thread delivers, so a signal becomes an interrupt a moment after
+//! its write (`settle` waits for that). Signals that arrive faster than the thread reads them become one interrupt,
+//! because an eventfd only counts.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -31,7 +31,7 @@ pub struct SimulatedPartition {
     watcher: Option<JoinHandle<()>>,
 }
 
-/// What the kernel keeps of a partition: shared by the partition, its watching thread and its observers.
+/// The kernel's part of a partition. The partition, its watching thread and its observers share it.
 pub struct Driver {
     epoll: Epoll,
     state: Mutex<State>,
@@ -40,14 +40,14 @@ pub struct Driver {
 
 #[derive(Default)]
 struct State {
-    /// By GSI, up to the highest one routed.
+    /// By GSI, up to the highest that has an entry.
     table: Vec<Option<RawMsi>>,
     irqfds: BTreeMap<Key, Irqfd>,
     interrupts: VecDeque<Interrupt>,
     faults: Vec<Fault>,
 }
 
-/// Which eventfd an irqfd listens to: the address of a value that the irqfd's share keeps alive.
+/// Identifies an irqfd's eventfd: the address of a value that the irqfd's share keeps alive.
 type Key = u64;
 
 fn key(event: &EventFd) -> Key {
@@ -95,7 +95,7 @@ impl SimulatedPartition {
         Ok(Self { owner, driver, table: Table::new(&[]), stop, watcher: Some(watcher) })
     }
 
-    /// What a test or a demonstration looks at.
+    /// The simulated kernel, for tests and demonstrations.
     pub fn driver(&self) -> Arc<Driver> {
         Arc::clone(&self.driver)
     }
@@ -123,7 +123,7 @@ impl Hypervisor for SimulatedPartition {
         self.driver.deassign_irqfd(gsi, event)
     }
 
-    /// Nothing is left there, and a signal that has come since is still to be delivered by the thread.
+    /// Does nothing: `assign` has emptied the counters, and the thread still has to deliver any later signal.
     fn drain(&mut self, _: &[&EventFd]) -> Vec<(usize, CallError)> {
         Vec::new()
     }
@@ -162,8 +162,8 @@ impl Driver {
         Ok(())
     }
 
-    /// MSHV_IRQFD: `mshv_irqfd_assign()`, which does not look at the table or at the GSI. What is pending is
-    /// taken out of the counter here, under the lock that the watching thread takes to read it.
+    /// MSHV_IRQFD: `mshv_irqfd_assign()`, which checks neither the table nor the GSI. Takes the pending signals from
+    /// the counter, under the lock with which the watching thread reads it.
     pub fn assign_irqfd(&self, gsi: u32, holder: &dyn Holder) -> CallResult {
         let failed = |errno| CallError::new(Operation::AssignIrqfd, "simulated MSHV_IRQFD", errno);
         let event = holder.event();
@@ -178,7 +178,7 @@ impl Driver {
         }
         let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, key);
         self.epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).map_err(|error| {
-            // The driver's word for a file that is no eventfd; epoll's is EPERM.
+            // For a file that is not an eventfd the driver returns EINVAL, but epoll returns EPERM.
             failed(if errno(&error) == libc::EPERM { libc::EINVAL } else { errno(&error) })
         })?;
         match event.consume() {
@@ -197,8 +197,8 @@ impl Driver {
         }
     }
 
-    /// MSHV_IRQFD with the deassign bit: `mshv_irqfd_deassign()`. A pair that is not assigned is no error.
-    /// What was signalled while armed is delivered first, as the driver's handler had done at once.
+    /// MSHV_IRQFD with the deassign bit: `mshv_irqfd_deassign()`, which accepts a pair that is not assigned. Delivers
+    /// the signals that came while armed first: the driver's handler delivers them at once.
     pub fn deassign_irqfd(&self, gsi: u32, event: &EventFd) -> CallResult {
         let failed = |errno| CallError::new(Operation::DeassignIrqfd, "simulated MSHV_IRQFD (deassign)", errno);
         let key = key(event);
@@ -214,7 +214,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes an eventfd out of the watched set. One that was closed behind our back has left it by itself.
+    /// Stops watching an eventfd. One that other code has closed is no longer in the set.
     fn forget(&self, event: &EventFd) {
         let _gone = self.epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), EpollEvent::default());
     }
@@ -225,7 +225,7 @@ impl Driver {
             let ready = match self.epoll.wait(-1, &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // The set itself was closed behind our back: nothing is left to watch.
+                // Other code has closed the epoll descriptor: nothing is left to watch.
                 Err(_) => return,
             };
             let mut state = self.lock();
@@ -233,7 +233,7 @@ impl Driver {
                 if event.data() == STOP {
                     return;
                 }
-                // Closed while armed: as with the driver, the irqfd is gone with the eventfd.
+                // Closed while armed: as in the driver, the irqfd goes with its eventfd.
                 if state.deliver(event.data()).is_err() {
                     state.irqfds.remove(&event.data());
                 }
@@ -243,7 +243,7 @@ impl Driver {
         }
     }
 
-    /// Returns when every signal written before the call is delivered.
+    /// Delivers every signal written before the call.
     pub fn settle(&self) {
         let mut state = self.lock();
         let keys: Vec<_> = state.irqfds.keys().copied().collect();
@@ -255,7 +255,7 @@ impl Driver {
         self.arrived.notify_all();
     }
 
-    /// Takes what has arrived, after waiting for something to arrive for as long as `timeout`.
+    /// Takes the interrupts that have arrived. Waits at most `timeout` for the first.
     pub fn take_interrupts(&self, timeout: Duration) -> Vec<Interrupt> {
         let state = self.lock();
         let (mut state, _) = self
@@ -265,8 +265,8 @@ impl Driver {
         state.interrupts.drain(..).collect()
     }
 
-    /// Makes `times` calls of a kind fail with `errno`, after letting `after` of them through. Faults of one
-    /// kind are used up in the order in which they were asked for.
+    /// Lets the next `after` calls of a kind through, then makes `times` calls fail with `errno`. Faults of one kind
+    /// apply in the order of these calls.
     pub fn fail(&self, operation: Operation, errno: i32, after: u32, times: u32) {
         self.lock().faults.push(Fault { operation, errno, after, times });
     }
@@ -286,7 +286,7 @@ impl State {
         Err(fault.errno)
     }
 
-    /// `mshv_irqfd_wakeup()`: empties the counter, whatever the table says, and then injects.
+    /// `mshv_irqfd_wakeup()`: empties the counter, without a look at the table, and then injects.
     fn deliver(&mut self, key: Key) -> io::Result<()> {
         let Some(irqfd) = self.irqfds.get(&key) else {
             return Ok(());
@@ -298,8 +298,8 @@ impl State {
         Ok(())
     }
 
-    /// `mshv_assert_irq_slow()`: an entry is looked at for validity only if its GSI is not 0, and a slot of the
-    /// table that no entry was written to is all zeros.
+    /// `mshv_assert_irq_slow()`: checks an entry for validity only if its GSI is not 0. A slot of the table that was
+    /// never written is all zeros.
     fn inject(&mut self, gsi: u32) {
         const ZEROS: RawMsi = RawMsi { address: 0, data: 0 };
         let msi = match self.table.get(gsi as usize) {
@@ -327,8 +327,8 @@ impl Drop for SimulatedPartition {
     fn drop(&mut self) {
         let watcher = self.watcher.take();
         if !self.owner.is_current() {
-            // The thread is the parent's, and so is what the shared eventfd would tell it. Its share of the
-            // driver will never be dropped here, so the one descriptor in it is closed by hand.
+            // The thread runs in the parent alone, and a write to the shared eventfd would stop it there. Its share of
+            // the driver is never dropped in this process, so the driver's one descriptor is closed by hand.
             std::mem::forget((watcher, Arc::clone(&self.driver)));
             descriptor::close(self.driver.epoll.as_raw_fd());
             return;
@@ -336,7 +336,7 @@ impl Drop for SimulatedPartition {
         if self.stop.signal(1).is_ok()
             && let Some(watcher) = watcher
         {
-            // A panic of the thread has been reported where it happened.
+            // If the thread panicked, the panic has already been reported.
             let _ended = watcher.join();
         }
     }
@@ -373,7 +373,7 @@ mod tests {
         result.unwrap_err().errno
     }
 
-    // Each of these is a row of the driver's observed behaviour, wrong callers included.
+    // Each test is one observed behaviour of the driver, towards wrong callers too.
 
     #[test]
     fn an_armed_and_routed_signal_is_one_interrupt() {
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_on_a_route_taken_out_is_lost_or_becomes_vector_0() {
+    fn a_signal_on_a_dropped_entry_is_lost_or_becomes_vector_0() {
         let partition = SimulatedPartition::open().unwrap();
         let (driver, event) = (partition.driver(), event());
         driver.set_msi_routing(&[entry(24)]).unwrap();
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn arming_delivers_once_for_all_that_is_pending() {
+    fn arming_delivers_one_interrupt_for_all_pending_signals() {
         let partition = SimulatedPartition::open().unwrap();
         let (driver, event) = (partition.driver(), event());
         driver.set_msi_routing(&[entry(24)]).unwrap();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn disarming_delivers_what_was_signalled_and_keeps_what_comes_after() {
+    fn disarming_delivers_earlier_signals_and_keeps_later_ones() {
         let partition = SimulatedPartition::open().unwrap();
         let (driver, event) = (partition.driver(), event());
         driver.set_msi_routing(&[entry(24)]).unwrap();
@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_delivers_without_being_asked() {
+    fn the_thread_delivers_without_settle() {
         let partition = SimulatedPartition::open().unwrap();
         let (driver, event) = (partition.driver(), event());
         driver.set_msi_routing(&[entry(24)]).unwrap();
@@ -488,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_come_in_order_after_and_for_as_often_as_asked() {
+    fn faults_come_in_order_with_their_delay_and_count() {
         let partition = SimulatedPartition::open().unwrap();
         let driver = partition.driver();
         driver.fail(Operation::SetMsiRouting, libc::ENOMEM, 1, 2);
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn decoding_looks_at_the_bits_that_the_driver_looks_at() {
+    fn decoding_reads_the_bits_that_the_driver_reads() {
         let msi = RawMsi { address: 0xFEE0_5004, data: 0x8145 };
         let target = Target { destination: 5, delivery_mode: 1, logical: true, level: true };
         assert_eq!(Interrupt::decode(msi), Interrupt { vector: 0x45, target: Some(target) });

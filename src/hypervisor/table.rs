@@ -21,13 +21,13 @@ impl<E: Copy> Image<E> {
         size_of::<E>() / 8
     };
 
-    /// One allocation and one copy.
+    /// Copies entries, with one allocation.
     pub fn copy_of(entries: &[E]) -> Self {
         let size = Self::word(entries.len());
         let mut words = Vec::with_capacity(size);
         words.push(entries.len() as u64);
-        // SAFETY: the room behind the header was just allocated for as many entries, in words that are aligned for
-        // them, and is initialized by the copy before its length says so.
+        // SAFETY: the space behind the header was allocated for this many entries, in words that are aligned for them.
+        // The copy initializes it before `set_len`.
         unsafe {
             std::ptr::copy_nonoverlapping(entries.as_ptr(), words.as_mut_ptr().add(1).cast(), entries.len());
             words.set_len(size);
@@ -35,7 +35,7 @@ impl<E: Copy> Image<E> {
         Self { words, entries: PhantomData }
     }
 
-    /// Where an entry starts.
+    /// The index of an entry's first word.
     fn word(place: usize) -> usize {
         1 + place * Self::WORDS
     }
@@ -48,7 +48,7 @@ impl<E: Copy> Image<E> {
         self.len() == 0
     }
 
-    /// Lets the kernel see the first `count` entries only.
+    /// Shows the kernel only the first `count` entries.
     pub fn show(&mut self, count: usize) {
         assert!(Self::word(count) <= self.words.len());
         self.words[0] = count as u64;
@@ -63,11 +63,11 @@ impl<E: Copy> Image<E> {
 
     fn write(&mut self, place: usize, entry: E) {
         let words = &mut self.words[Self::word(place)..Self::word(place + 1)];
-        // SAFETY: WORDS words hold an E, and their alignment is enough for it (asserted where WORDS is made).
+        // SAFETY: WORDS words hold an E and are aligned for it, as asserted at WORDS.
         unsafe { words.as_mut_ptr().cast::<E>().write(entry) };
     }
 
-    /// Takes an entry out and puts the last one in its place.
+    /// Removes an entry and moves the last one to its place.
     fn swap_remove(&mut self, place: usize) {
         let last = self.len() - 1;
         self.words.copy_within(Self::word(last).., Self::word(place));
@@ -88,8 +88,8 @@ impl<E: Copy> Image<E> {
 
 /// The image of a kernel's routing table, changed in place.
 ///
-/// The entries that `new` is given stay in front for good. Behind them is at most one entry a GSI, in no order:
-/// setting and dropping take constant time, because the last entry takes the place of a dropped one.
+/// The fixed entries stay at the front. At most one entry per GSI follows, in no order. Setting and dropping take
+/// constant time: the last entry moves to the place of a dropped one.
 #[derive(Debug)]
 pub struct Table<E> {
     image: Image<E>,

@@ -1,4 +1,4 @@
-//! The bare calls of each kernel: no table kept, no counter drained, nothing checked.
+//! The bare calls of each kernel. They keep no table, drain no counter and check nothing.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -16,7 +16,7 @@ use crate::hypervisor::simulated::SimulatedPartition;
 use crate::hypervisor::table::Image;
 use crate::hypervisor::{CallError, CallResult, Hypervisor, Operation, RawMsi};
 
-/// A kernel's calls as a loop of `ioctl(2)` would make them, on a partition that is open already.
+/// A kernel's bare calls, on an open partition.
 pub trait Bare: Hypervisor + 'static {
     /// An entry of the routing table, as the kernel reads it.
     type Entry: Copy + Send;
@@ -24,7 +24,7 @@ pub trait Bare: Hypervisor + 'static {
     type Event: Send;
 
     fn entry(gsi: u32, msi: RawMsi) -> Self::Entry;
-    /// Entries that every table has in front.
+    /// The entries at the start of every table.
     fn fixed() -> Vec<Self::Entry> {
         Vec::new()
     }

@@ -1,7 +1,7 @@
-//! The floor: the calls into the kernel that a workload can't do without, in a loop, on tables prepared beforehand.
+//! The floor: a loop of only those kernel calls that a workload needs, on prepared tables.
 
 use super::bare::Bare;
-use super::workload::{Design, FIRST_GSI, Standing, Steps, Workload, event_error, msi};
+use super::workload::{Design, FIRST_GSI, Stage, Steps, Workload, event_error, msi};
 use crate::hypervisor::CallResult;
 use crate::hypervisor::table::Image;
 
@@ -10,15 +10,14 @@ struct Floor<K: Bare> {
     routes: usize,
     quiesce: bool,
     events: Vec<K::Event>,
-    /// All routes on their first vectors; one of them on its second; all on their second.
+    /// All routes on their first vectors; one on its second vector; all on their second vectors.
     tables: [Image<K::Entry>; 3],
     fixed: usize,
     turn: bool,
-    standing: Standing,
+    stage: Stage,
 }
 
-/// The bare calls. With `quiesce`, a push has every armed irqfd disarmed before it and armed after it, which is what
-/// the mshv driver needs to lose no signal.
+/// The bare calls. With `quiesce`, every push is quiesced: the mshv driver needs that to lose no signal.
 pub fn floor<K: Bare>(kernel: K, routes: usize, quiesce: bool) -> Design {
     let middle = routes / 2;
     let table = |second: fn(usize, usize) -> bool| {
@@ -35,7 +34,7 @@ pub fn floor<K: Bare>(kernel: K, routes: usize, quiesce: bool) -> Design {
         tables,
         fixed: K::fixed().len(),
         turn: false,
-        standing: Standing::Nothing,
+        stage: Stage::Nothing,
     }))
 }
 
@@ -57,7 +56,7 @@ impl<K: Bare> Floor<K> {
         self.kernel.unregister(FIRST_GSI + index as u32, &self.events[index])
     }
 
-    /// Pushes a prepared table, past the irqfds of `armed` if those must not meet it.
+    /// Pushes a prepared table. With `quiesce`, disarms the irqfds of `armed` before and arms them afterwards.
     fn push(&self, table: usize, armed: std::ops::Range<usize>) -> CallResult {
         if !self.quiesce {
             return self.kernel.push_image(&self.tables[table]);
@@ -67,7 +66,7 @@ impl<K: Bare> Floor<K> {
         armed.clone().try_for_each(|index| self.arm(index))
     }
 
-    /// Pushes in turn the table with the first vectors and another.
+    /// Pushes, alternately, another table and the table with the first vectors.
     fn push_in_turn(&mut self, other: usize, armed: std::ops::Range<usize>) -> CallResult {
         self.turn = !self.turn;
         self.push(if self.turn { other } else { 0 }, armed)
@@ -75,31 +74,31 @@ impl<K: Bare> Floor<K> {
 }
 
 impl<K: Bare> Steps for Floor<K> {
-    fn standing(&self) -> Standing {
-        self.standing
+    fn stage(&self) -> Stage {
+        self.stage
     }
 
-    fn set_standing(&mut self, standing: Standing) {
-        self.standing = standing;
+    fn set_stage(&mut self, stage: Stage) {
+        self.stage = stage;
     }
 
-    fn arrange(&mut self, standing: Standing) -> CallResult {
-        match self.standing {
-            Standing::Nothing | Standing::Made => {}
-            Standing::Armed => (0..self.routes).try_for_each(|index| self.disarm(index))?,
-            Standing::Quiet => self.disarm(self.middle())?,
+    fn arrange(&mut self, stage: Stage) -> CallResult {
+        match self.stage {
+            Stage::Nothing | Stage::Made => {}
+            Stage::Armed => (0..self.routes).try_for_each(|index| self.disarm(index))?,
+            Stage::Quiet => self.disarm(self.middle())?,
         }
-        if standing == Standing::Nothing {
+        if stage == Stage::Nothing {
             self.events.clear();
             return Ok(());
         }
         while self.events.len() < self.routes {
             self.make()?;
         }
-        match standing {
-            Standing::Nothing | Standing::Made => Ok(()),
-            Standing::Armed => self.work(Workload::BringUpBatch),
-            Standing::Quiet => {
+        match stage {
+            Stage::Nothing | Stage::Made => Ok(()),
+            Stage::Armed => self.work(Workload::BringUpBatch),
+            Stage::Quiet => {
                 self.kernel.push_image(&self.tables[0])?;
                 self.arm(self.middle())
             }

@@ -1,8 +1,8 @@
-//! Instruments that measure kernels and probe them. No part of the product stands on them.
+//! Instruments that measure and probe kernels. The core does not depend on them.
 //!
-//! The bench sets two other designs beside the package: the bare calls ([`floor`]) and a table that is rebuilt for every
-//! change ([`rebuild`]); [`null`] is a kernel that does nothing. [`probe`] makes calls that the package never makes, to
-//! find out how a kernel takes them.
+//! The bench compares the package with two other designs: the bare calls ([`floor`]) and a table that is rebuilt for
+//! every change ([`rebuild`]). [`null`] is a kernel that does nothing. [`probe`] makes calls that the package never
+//! makes, to show how a kernel reacts.
 
 pub mod bare;
 mod floor;

@@ -1,4 +1,4 @@
-//! A kernel that takes every call and does nothing, so that all of a call's time is user space's own.
+//! A kernel that accepts every call and does nothing, so that only user space takes time.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -8,7 +8,7 @@ use crate::hypervisor::event::{EventFd, Holder};
 use crate::hypervisor::table::Table;
 use crate::hypervisor::{CallResult, Hypervisor, RawMsi};
 
-/// A partition of no kernel. It keeps its table as the others do: that is user space's work too.
+/// A partition without a kernel. It keeps an image of the table, because that is work of user space too.
 pub struct NullPartition {
     table: Table<calls::Entry>,
 }
@@ -35,7 +35,7 @@ impl Hypervisor for NullPartition {
     }
 
     fn push(&mut self) -> CallResult<usize> {
-        // As if a kernel read the table, for all that the compiler knows.
+        // The compiler must assume that the table is read.
         std::hint::black_box(self.table.image().entries());
         Ok(self.table.len())
     }

@@ -1,4 +1,4 @@
-//! Bare ioctls on a partition of its own, right or wrong, to find out how a kernel takes them.
+//! Bare ioctls, valid or not, on a separate partition, to show how a kernel reacts.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -21,7 +21,7 @@ pub enum RawPartition {
     Kvm(KvmPartition),
 }
 
-/// An MSI entry as a kernel takes it, right or wrong.
+/// An MSI entry, valid or not.
 #[derive(Clone, Copy, Debug)]
 pub struct RawEntry {
     pub gsi: u32,
@@ -29,7 +29,7 @@ pub struct RawEntry {
     pub data: u32,
 }
 
-/// A routing table in a kernel's layout, KVM's pins in front.
+/// A routing table in a kernel's layout. KVM's starts with the pins.
 #[derive(Debug)]
 enum RawTable {
     Mshv(Image<calls::mshv::Entry>),
@@ -81,7 +81,7 @@ impl RawPartition {
         }
     }
 
-    /// The vectors in KVM's local APIC, which are cleared; `None` on mshv, which does not tell.
+    /// Takes the vectors from KVM's local APIC; `None` on mshv, which does not report them.
     pub fn take_vectors(&self) -> io::Result<Option<Vec<u8>>> {
         match self {
             Self::Mshv(_) => Ok(None),
@@ -92,8 +92,8 @@ impl RawPartition {
         }
     }
 
-    /// One thread pushes a table again and again, another signals an armed route, for as long as `duration`; with
-    /// `quiesce` the route is disarmed around each push. Returns the numbers of pushes and of signals.
+    /// Pushes a table repeatedly for `duration`, while another thread signals an armed route. With `quiesce`, disarms
+    /// the route around each push. Returns the numbers of pushes and signals.
     pub fn push_while_signalling(
         &self,
         entries: &[RawEntry],

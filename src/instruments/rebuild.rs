@@ -1,17 +1,17 @@
-//! The design that keeps a state a GSI and builds the routing table from all of them for every change.
+//! A design that keeps one state per GSI and rebuilds the routing table from all states for every change.
 //!
-//! A GSI is found by a scan from the first; an irqfd is registered for the life of its route; every change of one
-//! route, masking and unmasking included, scans the states, collects the entries of those that are enabled, copies
-//! them behind a header, and pushes that.
+//! It scans for a free GSI from the first, and registers an irqfd for the life of its route. Every change of a route,
+//! including masking and unmasking, scans the states, collects the entries of enabled ones, copies them behind a header
+//! and pushes the result.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::bare::Bare;
-use super::workload::{Design, FIRST_GSI, Standing, Steps, Workload, event_error, msi};
+use super::workload::{Design, FIRST_GSI, Stage, Steps, Workload, event_error, msi};
 use crate::hypervisor::table::Image;
 use crate::hypervisor::{CallError, CallResult, Operation, RawMsi};
 
-/// How many states are scanned.
+/// The number of states to scan.
 const STATES: usize = 2048;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,10 +34,10 @@ struct Rebuild<K: Bare> {
     fixed: Vec<K::Entry>,
     routes: Vec<Route<K::Event>>,
     turn: bool,
-    standing: Standing,
+    stage: Stage,
 }
 
-/// The table rebuilt for every change. More routes than the original has states get twice as many of those.
+/// The design that rebuilds the table for every change. If there are more routes than states, it doubles the states.
 pub fn rebuild<K: Bare>(kernel: K, routes: usize) -> Design {
     let states = if routes > STATES { 2 * STATES } else { STATES };
     Design(Box::new(Rebuild {
@@ -47,7 +47,7 @@ pub fn rebuild<K: Bare>(kernel: K, routes: usize) -> Design {
         fixed: K::fixed(),
         routes: Vec::with_capacity(routes),
         turn: false,
-        standing: Standing::Nothing,
+        stage: Stage::Nothing,
     }))
 }
 
@@ -108,7 +108,7 @@ impl<K: Bare> Rebuild<K> {
         self.count / 2
     }
 
-    /// Gives every route a state and pushes once: a way between standings that the design itself does not have.
+    /// Sets the state of every route and pushes once. The design itself has no such call; only preparations use it.
     fn set_all(&mut self, state: impl Fn(usize) -> GsiState) -> CallResult {
         let mut states = self.states();
         for route in &self.routes {
@@ -132,30 +132,30 @@ impl<K: Bare> Rebuild<K> {
 }
 
 impl<K: Bare> Steps for Rebuild<K> {
-    fn standing(&self) -> Standing {
-        self.standing
+    fn stage(&self) -> Stage {
+        self.stage
     }
 
-    fn set_standing(&mut self, standing: Standing) {
-        self.standing = standing;
+    fn set_stage(&mut self, stage: Stage) {
+        self.stage = stage;
     }
 
-    fn arrange(&mut self, standing: Standing) -> CallResult {
-        if self.standing == Standing::Quiet {
+    fn arrange(&mut self, stage: Stage) -> CallResult {
+        if self.stage == Stage::Quiet {
             self.set_others_armed(true)?;
         }
-        while standing != Standing::Nothing && self.routes.len() < self.count {
+        while stage != Stage::Nothing && self.routes.len() < self.count {
             self.make()?;
         }
-        match standing {
-            Standing::Nothing => {
+        match stage {
+            Stage::Nothing => {
                 self.set_all(|_| GsiState::Disabled)?;
                 while let Some(route) = self.routes.pop() {
                     self.close(route)?;
                 }
             }
-            Standing::Made => self.set_all(|_| GsiState::Disabled)?,
-            Standing::Armed | Standing::Quiet => {
+            Stage::Made => self.set_all(|_| GsiState::Disabled)?,
+            Stage::Armed | Stage::Quiet => {
                 self.turn = false;
                 self.set_all(|index| GsiState::Enabled(msi(index, false)))?;
                 for route in &mut self.routes {
@@ -163,7 +163,7 @@ impl<K: Bare> Steps for Rebuild<K> {
                 }
             }
         }
-        if standing == Standing::Quiet { self.set_others_armed(false) } else { Ok(()) }
+        if stage == Stage::Quiet { self.set_others_armed(false) } else { Ok(()) }
     }
 
     fn work(&mut self, workload: Workload) -> CallResult {

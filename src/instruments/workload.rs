@@ -1,16 +1,16 @@
-//! The workloads that the bench times, and the steps that a design takes through them.
+//! The workloads of the bench, and the interface of a design that runs them.
 //!
-//! Each design brings the same routes through the same workloads on a partition of its own. Only the workload itself is
-//! timed, not the calls that prepare it or clean up after it.
+//! Each design runs the same workloads on the same routes, on its own partition. The bench times only the workload, not
+//! its preparation or clean-up.
 
 use std::time::{Duration, Instant};
 
 use crate::hypervisor::{CallError, CallResult, Operation, RawMsi};
 
-/// The lowest GSI that both kernels give to an MSI.
+/// The lowest GSI to which both kernels can route an MSI.
 pub const FIRST_GSI: u32 = 24;
 
-/// One operation that the bench times.
+/// An operation that the bench times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workload {
     /// Routes made, without an MSI.
@@ -60,80 +60,78 @@ impl Workload {
         }
     }
 
-    /// How far the routes must be brought up when it begins.
-    fn begins_with(self) -> Standing {
+    /// The stage in which a workload begins.
+    fn begins_with(self) -> Stage {
         match self {
-            Self::Create | Self::BringUp => Standing::Nothing,
-            Self::BringUpBatch => Standing::Made,
-            Self::Retarget | Self::RetargetAll | Self::MaskUnmask | Self::Signal | Self::TearDown => {
-                Standing::Armed
-            }
-            Self::Push => Standing::Quiet,
+            Self::Create | Self::BringUp => Stage::Nothing,
+            Self::BringUpBatch => Stage::Made,
+            Self::Retarget | Self::RetargetAll | Self::MaskUnmask | Self::Signal | Self::TearDown => Stage::Armed,
+            Self::Push => Stage::Quiet,
         }
     }
 
-    /// How far they are brought up when it ends.
-    fn ends_with(self) -> Standing {
+    /// The stage in which a workload ends.
+    fn ends_with(self) -> Stage {
         match self {
-            Self::Create => Standing::Made,
-            Self::BringUp | Self::BringUpBatch => Standing::Armed,
-            Self::TearDown => Standing::Nothing,
+            Self::Create => Stage::Made,
+            Self::BringUp | Self::BringUpBatch => Stage::Armed,
+            Self::TearDown => Stage::Nothing,
             other => other.begins_with(),
         }
     }
 }
 
-/// How far the routes of a design are brought up.
+/// A stage in the life of a design's routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum Stage {
     Nothing,
     Made,
     Armed,
-    /// All are in the table, and one alone is armed.
+    /// All are in the table, but only one is armed.
     Quiet,
 }
 
-/// A way to run the routes of one partition.
+/// A design's calls on the routes of one partition.
 pub(super) trait Steps: Send {
-    fn standing(&self) -> Standing;
-    fn set_standing(&mut self, standing: Standing);
-    /// Comes from any standing to another, by calls that are not timed.
-    fn arrange(&mut self, standing: Standing) -> CallResult;
+    fn stage(&self) -> Stage;
+    fn set_stage(&mut self, stage: Stage);
+    /// Moves to another stage. The bench does not time this.
+    fn arrange(&mut self, stage: Stage) -> CallResult;
     fn work(&mut self, workload: Workload) -> CallResult;
 }
 
-/// A design, whatever kernel it is on.
+/// A design, on any kernel.
 #[derive(Debug)]
 pub struct Design(pub(super) Box<dyn Steps>);
 
 impl std::fmt::Debug for dyn Steps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Steps").field("standing", &self.standing()).finish()
+        f.debug_struct("Steps").field("stage", &self.stage()).finish()
     }
 }
 
 impl Design {
-    /// Runs a workload `calls` times in a row and says how long that took.
+    /// Runs a workload `calls` times in a row and returns the total time.
     pub fn run(&mut self, workload: Workload, calls: u32) -> CallResult<Duration> {
         let mut total = Duration::ZERO;
         let repeatable = workload.begins_with() == workload.ends_with();
         for _ in 0..if repeatable { 1 } else { calls } {
-            if self.0.standing() != workload.begins_with() {
+            if self.0.stage() != workload.begins_with() {
                 self.0.arrange(workload.begins_with())?;
-                self.0.set_standing(workload.begins_with());
+                self.0.set_stage(workload.begins_with());
             }
             let start = Instant::now();
             for _ in 0..if repeatable { calls } else { 1 } {
                 self.0.work(workload)?;
             }
             total += start.elapsed();
-            self.0.set_standing(workload.ends_with());
+            self.0.set_stage(workload.ends_with());
         }
         Ok(total)
     }
 }
 
-/// The MSI of a route: `turn` tells the vectors of one retargeting from those of the next.
+/// The MSI of a route. `turn` alternates between two vectors, so that each retargeting changes the MSI.
 pub(super) fn msi(index: usize, turn: bool) -> RawMsi {
     let vector = 0x30 + (index % 64) as u32 + if turn { 64 } else { 0 };
     RawMsi { address: 0xFEE0_0000, data: vector }

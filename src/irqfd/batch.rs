@@ -9,21 +9,22 @@ use super::partition::Partition;
 use super::route::IrqFdRoute;
 use super::shared::Intent;
 
-/// Changes that are collected, and then committed together or not at all. Nothing is locked while they are
-/// collected; what they ask of a route is checked against its state at the commit.
+/// Collects changes, then makes all of them or none.
 ///
-/// `R` is how its routes are held: a reference, or whatever keeps them until the batch is dropped.
+/// Collecting takes no lock. The commit checks each change against the route's state at that time.
+///
+/// `R` holds a route until the batch is dropped: a reference, or an owner.
 #[derive(Debug)]
 pub struct Batch<R> {
     partition: Arc<Partition>,
     edits: Vec<(R, Edit)>,
-    /// Where the edit of a route is, by its GSI. If two routes have one, one of them is closed or another partition's,
-    /// and the commit fails.
+    /// The place in `edits` of each route's edit, by GSI. If two routes share a GSI, one of them is closed or belongs
+    /// to another partition, and the commit fails.
     places: Vec<u32>,
     foreign: Option<u32>,
 }
 
-/// From so many routes on, room is made for all that a partition can have: whoever changes many changes most.
+/// A batch of this many routes reserves room for all of the partition's: a large batch usually changes most of them.
 const MANY: usize = 64;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,7 +81,7 @@ impl<R: AsRef<IrqFdRoute>> Batch<R> {
         self.edit(route).masked = Some(false);
     }
 
-    /// How many routes it speaks of.
+    /// The number of routes that it changes.
     pub fn len(&self) -> usize {
         self.edits.len()
     }
@@ -89,18 +90,18 @@ impl<R: AsRef<IrqFdRoute>> Batch<R> {
         self.edits.is_empty()
     }
 
-    /// Makes all the changes, with one push at the most, or none of them.
+    /// Makes all the changes, with at most one push, or none of them.
     pub fn commit(&self) -> Result {
         self.partition.check_open()?;
         if let Some(gsi) = self.foreign {
             return Err(Error::Invalid(format!(
-                "the route of GSI {gsi} belongs to another partition; a batch takes routes of its own"
+                "the route of GSI {gsi} belongs to another partition; a batch takes only its own partition's routes"
             )));
         }
         let mut edits: Vec<_> = self.edits.iter().map(|(route, edit)| (route.as_ref().shared(), *edit)).collect();
-        // The order in which all batches take their routes.
+        // Every batch locks its routes in this order.
         edits.sort_unstable_by_key(|(route, _)| (route.gsi, Arc::as_ptr(route) as usize));
-        // Two routes of one GSI: a closed one, and who has the GSI now. One of them may even be here twice.
+        // Two routes of one GSI: a closed one and its successor. Either may be listed twice.
         if let Some(pair) = edits.windows(2).find(|pair| pair[0].0.gsi == pair[1].0.gsi) {
             return Err(pair[0].0.closed());
         }

@@ -1,4 +1,4 @@
-//! The terms on which a partition is used, and the checks that a kernel can meet them.
+//! A partition's configuration, and the checks against the limits of its kernel.
 
 use std::ops::Range;
 
@@ -6,28 +6,28 @@ use super::error::{Error, Result};
 use super::vps::VpSet;
 use crate::hypervisor::{Backend, MAX_GSIS, PIN_ENTRIES, PIN_GSIS, RawMsi};
 
-/// The terms on which a partition is used.
+/// A partition's configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub backend: Backend,
     pub gsis: Range<u32>,
-    /// The VPs of an adopted partition, if they are known.
+    /// The VPs of an adopted partition, if known.
     pub vps: Option<VpSet>,
-    /// Whether the partition was made by somebody else, who makes its VPs too.
+    /// Whether another VMM made the partition, and makes its VPs.
     pub adopted: bool,
     pub quiesce: bool,
     pub allow_missing_vp: bool,
-    /// Entries that the hypervisor keeps in every table.
+    /// The caller's own entries, which every push keeps.
     pub keep: Vec<(u32, RawMsi)>,
-    /// GSIs that are not handed out, where the table holds messages that routes may want next.
+    /// Spare GSIs. They are not allocated; their entries hold messages that routes are likely to want next.
     pub spares: Vec<Range<u32>>,
-    /// Where a push may meet armed irqfds: the number of entries in a table whose push takes as long as moving one
-    /// irqfd (disarming it and arming it elsewhere). 0 if moving is always the better way.
+    /// Where a push may meet armed irqfds: the number of entries in a table whose push takes as long as one move
+    /// (disarming an irqfd and arming it at another GSI). 0 if a move is always better.
     pub entries_per_move: usize,
 }
 
 impl Config {
-    /// A partition made here, with no spare GSIs.
+    /// A partition made here, with the backend's defaults and no spare GSIs.
     pub fn new(backend: Backend, gsis: Range<u32>) -> Self {
         Self {
             backend,
@@ -49,7 +49,7 @@ impl Config {
     }
 }
 
-/// How many entries a table has room for beside the fixed ones.
+/// The room of a table, in entries, beside the fixed ones.
 fn entries(pins: bool, kept: usize) -> usize {
     (MAX_GSIS as usize - if pins { PIN_ENTRIES } else { 0 }).saturating_sub(kept)
 }
@@ -59,7 +59,7 @@ pub(super) fn other_gsis(gsis: &Range<u32>) -> Vec<Range<u32>> {
     [PIN_GSIS..gsis.start, gsis.end.max(PIN_GSIS)..MAX_GSIS].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
-/// Checks that the kernel takes a range of GSIs beside `kept` other entries.
+/// Checks that the kernel accepts a range of GSIs beside `kept` other entries.
 pub(super) fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: usize) -> Result {
     let Range { start, end } = allowed_gsis(pins);
     let most = entries(pins, kept);
@@ -67,9 +67,9 @@ pub(super) fn check_gsis(backend: Backend, pins: bool, gsis: &Range<u32>, kept: 
         return Err(Error::Invalid(format!("gsis range({}, {}) is empty", gsis.start, gsis.end)));
     }
     if gsis.start < start || gsis.end > end {
-        let pins = if pins { " (0-23 are pins of the IOAPIC)" } else { "" };
+        let pins = if pins { " (0-23 are the IOAPIC's pins)" } else { "" };
         return Err(Error::Invalid(format!(
-            "gsis range({}, {}) leaves {start}-{}, the GSIs that {backend} takes{pins}",
+            "gsis range({}, {}) goes outside {start}-{}, the GSIs that {backend} accepts{pins}",
             gsis.start,
             gsis.end,
             end - 1
@@ -91,13 +91,13 @@ fn allowed_gsis(pins: bool) -> Range<u32> {
     if pins { PIN_GSIS..MAX_GSIS } else { 0..MAX_GSIS }
 }
 
-/// Checks that the spare GSIs of an adopted partition are ones that the kernel takes, and in no other use.
+/// Checks that the kernel accepts the spare GSIs, and that they are in no other use.
 pub(super) fn check_spares(config: &Config, pins: bool) -> Result {
     let (most, asked) = (entries(pins, config.keep.len()), config.spares.iter().map(Range::len).sum::<usize>());
     if config.adopted && asked > 0 && config.gsis.len() + asked > most {
         return Err(Error::Invalid(format!(
-            "{asked} spare GSIs and {} of gsis are more than the {most} entries that a routing table of {} takes beside \
-             its fixed ones",
+            "{asked} spare GSIs and {} of gsis exceed the {most} entries that a routing table of {} has beside its fixed \
+             ones",
             config.gsis.len(),
             config.backend
         )));
@@ -111,38 +111,38 @@ pub(super) fn check_spares(config: &Config, pins: bool) -> Result {
         if spares.start < start || spares.end > end {
             let backend = config.backend;
             return Err(Error::Invalid(format!(
-                "{shown} leaves {start}-{}, the GSIs that {backend} takes",
+                "{shown} goes outside {start}-{}, the GSIs that {backend} accepts",
                 end - 1
             )));
         }
         if spares.start < config.gsis.end && config.gsis.start < spares.end {
             return Err(Error::Invalid(format!(
-                "{shown} overlaps gsis range({}, {}), which are handed out",
+                "{shown} overlaps gsis range({}, {}), which routes are allocated from",
                 config.gsis.start, config.gsis.end
             )));
         }
         if let Some((gsi, _)) = config.keep.iter().find(|(gsi, _)| spares.contains(gsi)) {
-            return Err(Error::Invalid(format!("{shown} has GSI {gsi}, which keep names")));
+            return Err(Error::Invalid(format!("{shown} has GSI {gsi}, which is in keep")));
         }
     }
     Ok(())
 }
 
-/// Checks that kept entries neither meet each other nor the GSIs that are handed out.
+/// Checks that the kept entries have distinct GSIs, none of which is to be allocated.
 pub(super) fn check_keep(backend: Backend, pins: bool, gsis: &Range<u32>, keep: &[(u32, RawMsi)]) -> Result {
     let mut seen = std::collections::HashSet::new();
     for (gsi, _) in keep {
         if !allowed_gsis(pins).contains(gsi) {
-            return Err(Error::Invalid(format!("keep: {backend} takes no MSI on GSI {gsi} of this partition")));
+            return Err(Error::Invalid(format!("keep: {backend} accepts no MSI on GSI {gsi} of this partition")));
         }
         if gsis.contains(gsi) {
             return Err(Error::Invalid(format!(
-                "keep: GSI {gsi} is in gsis range({}, {}), which are handed out",
+                "keep: GSI {gsi} is in gsis range({}, {}), which routes are allocated from",
                 gsis.start, gsis.end
             )));
         }
         if !seen.insert(gsi) {
-            return Err(Error::Invalid(format!("keep: GSI {gsi} is there twice")));
+            return Err(Error::Invalid(format!("keep: GSI {gsi} appears twice")));
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What can go wrong, in the words that a caller reads.
+//! The core's errors and their messages.
 
 use std::ops::Range;
 
@@ -13,15 +13,14 @@ pub enum Error {
     #[error("{0} is closed")]
     Closed(String),
     #[error(
-        "this process was forked from the one that opened the partition; only that one may use it (signal() \
+        "this process is a forked child of the one that opened the partition; only that one may use it (signal() \
          works here)"
     )]
     Forked,
     #[error("all {} GSIs ({}-{}) are taken; close routes or open the partition with more", .0.len(), .0.start, .0.end - 1)]
     Exhausted(Range<u32>),
     #[error(
-        "the route of GSI {0} is broken: after a failed call the kernel could not be brought back to what was \
-         there before; close it"
+        "the route of GSI {0} is broken: a failed call left it in an unknown or wrong state in the kernel; close it"
     )]
     Broken(u32),
     #[error(
@@ -39,24 +38,24 @@ pub enum Error {
     Unsupported(String),
     #[error("{device}: {} ({}): {advice}", strerror(error.errno), error.call)]
     Unavailable { device: String, error: CallError, advice: String },
-    /// A question that this backend's kernel can't be asked.
+    /// A query that the backend's kernel does not support.
     #[error("{0}")]
     Unobservable(&'static str),
     #[error("{0}")]
     Failed(Box<Failure>),
 }
 
-/// A call that the kernel refused, and what it was for.
+/// A call that the kernel refused, with its GSI and the results of the rollback.
 #[derive(Debug)]
 pub struct Failure {
     pub error: CallError,
     pub gsi: Option<u32>,
     pub hint: Option<&'static str>,
-    /// GSIs that the way back left broken.
+    /// GSIs whose routes the rollback left broken.
     pub broken: Vec<u32>,
-    /// GSIs that were armed before and could not be armed again: their signals wait.
+    /// GSIs whose routes are waiting to be re-armed. Their signals stay pending.
     pub disarmed: Vec<u32>,
-    /// Further failures on the way (a close goes on past errors).
+    /// Later failures of the same call: closing continues past errors.
     pub further: Vec<Failure>,
 }
 
@@ -82,13 +81,16 @@ impl std::fmt::Display for Failure {
         if let Some(hint) = self.hint {
             write!(f, ": {hint}")?;
         }
-        for (gsis, what) in [
-            (&self.broken, "the way back failed too and left broken"),
-            (&self.disarmed, "not armed again (their signals wait; unmask() tries again)"),
+        for (gsis, result) in [
+            (&self.broken, "the rollback failed too and left broken"),
+            (
+                &self.disarmed,
+                "waiting to be re-armed (signals wait; the next push tries again, and so does unmask())",
+            ),
         ] {
             if !gsis.is_empty() {
                 let gsis: Vec<_> = gsis.iter().map(u32::to_string).collect();
-                write!(f, "; {what}: GSI {}", gsis.join(", "))?;
+                write!(f, "; {result}: GSI {}", gsis.join(", "))?;
             }
         }
         for further in &self.further {
@@ -98,26 +100,26 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// What usually lies behind an error, where that is known.
+/// The usual cause of an error, if known.
 fn hint(error: &CallError) -> Option<&'static str> {
     match (error.operation, error.errno) {
         (_, libc::EMFILE) => Some(
-            "this process has as many files open as RLIMIT_NOFILE allows; raise it (ulimit -n, or \
+            "this process has as many open files as RLIMIT_NOFILE allows; raise it (ulimit -n, or \
              resource.setrlimit)",
         ),
-        (_, libc::ENFILE) => Some("the system has as many files open as fs.file-max allows"),
+        (_, libc::ENFILE) => Some("the system has as many open files as fs.file-max allows"),
         (Operation::AssignIrqfd, libc::EBUSY) => {
-            Some("the eventfd is armed on a GSI already, by another partition or program that shares it")
+            Some("the eventfd is already armed on a GSI, by another partition or program that shares it")
         }
         (Operation::AssignIrqfd | Operation::DeassignIrqfd, libc::EBADF) => {
-            Some("the route's eventfd or the partition's descriptor was closed by somebody else")
+            Some("the route's eventfd or the partition's descriptor was closed by other code")
         }
-        (Operation::SetMsiRouting, libc::EBADF) => Some("the partition's descriptor was closed by somebody else"),
+        (Operation::SetMsiRouting, libc::EBADF) => Some("the partition's descriptor was closed by other code"),
         (Operation::SetMsiRouting, libc::EINVAL) => Some(
-            "the kernel refuses an entry of the table: a GSI of 4096 or more, one that an IOAPIC pin has, or one twice",
+            "the kernel refuses an entry of the table: its GSI is above 4095, is an IOAPIC pin's, or has another entry",
         ),
         (Operation::AssignIrqfd, libc::EINVAL) => {
-            Some("the descriptor is no eventfd, or the VM has no interrupt controller in the kernel")
+            Some("the descriptor is not an eventfd, or the VM has no in-kernel interrupt controller")
         }
         (_, libc::ENOMEM) => Some("the kernel is out of memory"),
         _ => None,

@@ -1,6 +1,6 @@
-//! GSIs: the use that each has, and the lowest that is free.
+//! The state of a GSI, and the allocator of GSIs, lowest first.
 
-/// The use that a GSI has now.
+/// The state of a GSI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GsiState {
     /// No route has it.
@@ -9,12 +9,14 @@ pub enum GsiState {
     Disabled,
     /// Its route is armed.
     Enabled,
-    /// A rollback failed and left its route in an unknown or wrong state in the kernel. It is quarantined.
+    /// A failed rollback left its route in an unknown or wrong state in the kernel. The GSI is quarantined.
     Broken,
 }
 
-/// One bit a GSI, set while it is free, and one bit a word, set while the word has a free GSI: the lowest free GSI is
-/// two count-trailing-zeros away, however many are taken.
+/// Allocates the lowest free GSI, in constant time.
+///
+/// It has one bit per GSI, set while the GSI is free, and one summary bit per word, set while the word has a free GSI.
+/// Two count-trailing-zeros find the lowest free GSI.
 #[derive(Debug)]
 pub struct GsiAllocator {
     words: Box<[u64]>,
@@ -23,7 +25,7 @@ pub struct GsiAllocator {
 }
 
 impl GsiAllocator {
-    /// All of `0..size` free. At most 4096, the number that one summary word covers.
+    /// Makes all of `0..size` free. One summary word covers at most 4096.
     pub fn new(size: usize) -> Self {
         debug_assert!(size <= 64 * 64);
         let words: Box<[u64]> = (0..size.div_ceil(64))
@@ -36,7 +38,7 @@ impl GsiAllocator {
         Self { words, summary, taken: 0 }
     }
 
-    /// Takes the lowest free one.
+    /// Takes the lowest free GSI.
     pub fn allocate(&mut self) -> Option<usize> {
         if self.summary == 0 {
             return None;
@@ -57,9 +59,9 @@ impl GsiAllocator {
         self.taken
     }
 
-    /// Gives one back that `allocate` returned.
+    /// Frees a GSI that `allocate` returned.
     pub fn free(&mut self, index: usize) {
-        debug_assert!(self.words[index / 64] & 1 << (index % 64) == 0, "{index} is free already");
+        debug_assert!(self.words[index / 64] & 1 << (index % 64) == 0, "{index} is already free");
         self.taken -= 1;
         self.words[index / 64] |= 1 << (index % 64);
         self.summary |= 1 << (index / 64);

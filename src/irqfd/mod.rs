@@ -1,6 +1,6 @@
 //! The core: GSIs, MSIs, routes and batches of one partition, and the order of calls that keeps them safe.
 //!
-//! It knows kernels only through [`Hypervisor`](crate::hypervisor::Hypervisor), and no Python.
+//! It calls kernels through [`Hypervisor`](crate::hypervisor::Hypervisor) alone, and does not depend on Python.
 
 mod batch;
 mod commit;

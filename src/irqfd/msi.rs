@@ -1,35 +1,35 @@
-//! MSI addresses and data: which are right, and what they say.
+//! MSI addresses and data: their rules and their fields.
 
 use crate::hypervisor::{RawMsi, Target};
 
 const WINDOW: u64 = 0xFEE0_0000;
 const WINDOW_END: u64 = 0xFEEF_FFFF;
-/// Bits 11:4 (the upper half of an extended destination) and 1:0 (reserved, addresses being multiples of 4).
+/// Bits 11:4 (the upper half of an extended destination) and 1:0 (reserved: an address is a multiple of 4).
 const REFUSED: u64 = 0xFF3;
 
 /// An MSI that the local APIC architecture defines and the kernels deliver as written.
 ///
-/// The rules are those of Intel's SDM volume 3, "Message Signalled Interrupts", and of what the mshv driver
-/// decodes: it looks at no address bit outside 19:12 and 2, so bits that would change the meaning are refused.
+/// The rules follow Intel's SDM volume 3, "Message Signalled Interrupts", and the mshv driver: it decodes only address
+/// bits 19:12 and 2, so other bits that would change the meaning are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MsiRoute(RawMsi);
 
-/// Why an address and data are no MSI to route.
+/// The reason why an address and data can't be routed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MsiError {
     #[error("MSI address {0:#x} is outside {WINDOW:#X}-{WINDOW_END:#X}, where x86 MSIs are written")]
     Window(u64),
     #[error(
-        "MSI address {0:#x} has bits 11:4 or 1:0 set: extended destinations and reserved bits, which the \
+        "MSI address {0:#x} has bits 11:4 or 1:0 set: these are extended destinations and reserved bits, which the \
          kernel would drop; clear them"
     )]
     Bits(u64),
-    #[error("MSI data {0:#x} has bits above 15 set; the data of an MSI are 16 bits")]
+    #[error("MSI data {0:#x} has bits above 15 set; MSI data is 16 bits")]
     Data(u64),
-    #[error("MSI data {data:#x} have delivery mode {mode}, which is reserved; use 0, 1, 2, 4, 5 or 7")]
+    #[error("MSI data {data:#x} has delivery mode {mode}, which is reserved; use 0, 1, 2, 4, 5 or 7")]
     DeliveryMode { data: u64, mode: u8 },
     #[error(
-        "MSI data {data:#x} have vector {vector}; fixed and lowest-priority delivery take 16 to 255 \
+        "MSI data {data:#x} has vector {vector}; fixed and lowest-priority delivery take 16 to 255 \
          (0-15 are the processor's own)"
     )]
     Vector { data: u64, vector: u8 },
@@ -66,7 +66,7 @@ impl MsiRoute {
         Target::decode(self.0)
     }
 
-    /// Packed into 36 bits, for a state that is read in one load.
+    /// Packs into 36 bits, so that a route's state is one word that one load reads.
     pub(super) fn pack(self) -> u64 {
         u64::from(self.0.data) | (u64::from(self.0.address) & 0xF_FFFF) << 16
     }

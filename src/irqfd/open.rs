@@ -1,4 +1,4 @@
-//! Opening a partition: its backend's device node, the checks of a caller's descriptor, and advice where that fails.
+//! Opening partitions: the backend's device node, the checks of a caller's descriptor, and advice on failure.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -15,23 +15,24 @@ use crate::hypervisor::observer::Observer;
 use crate::hypervisor::simulated::SimulatedPartition;
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi, descriptor};
 
-/// 2048 GSIs above those that are the IOAPIC's pins by custom.
+/// The first 2048 GSIs above 0-23, which are the IOAPIC's pins by convention.
 pub const DEFAULT_GSIS: Range<u32> = 24..2072;
 
-/// The terms on which [`Partition::open`] makes a partition.
+/// Options of [`Partition::open`].
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Another device node than the backend's own.
+    /// The device node, if not the backend's default.
     pub device: Option<PathBuf>,
-    /// The GSIs to hand out.
+    /// The GSIs to allocate to routes.
     pub gsis: Range<u32>,
     /// The VPs to create.
     pub vps: VpSet,
-    /// Whether irqfds are disarmed around every push; by default where the kernel needs it.
+    /// Whether irqfds are disarmed around every push. `None` disarms them where the kernel needs it.
     pub quiesce: Option<bool>,
-    /// Whether a route may be armed although no VP has its destination.
+    /// Whether a route may be armed even if no VP has its destination's APIC id.
     pub allow_missing_vp: bool,
-    /// Whether the GSIs outside `gsis` hold messages that routes are likely to want next.
+    /// Whether the GSIs outside `gsis` are spare: pushes load their entries with messages that routes are likely to want
+    /// next.
     pub preload: bool,
 }
 
@@ -48,20 +49,20 @@ impl Default for Options {
     }
 }
 
-/// The terms on which [`Partition::adopt`] takes over a partition that another VMM made.
+/// Options of [`Partition::adopt`].
 #[derive(Clone, Debug)]
 pub struct AdoptOptions {
-    /// Another device node than the backend's own.
+    /// The device node, if not the backend's default.
     pub device: Option<PathBuf>,
-    /// The GSIs to hand out. The others stay the caller's.
+    /// The GSIs to allocate to routes. All other GSIs stay the caller's.
     pub gsis: Range<u32>,
-    /// Entries that stay in every table pushed.
+    /// The caller's own entries. Every push keeps them.
     pub keep: Vec<(u32, RawMsi)>,
-    /// GSIs to hold messages that routes are likely to want next. They are in no other use.
+    /// GSIs that are spare: pushes load their entries with messages that routes are likely to want next.
     pub spares: Range<u32>,
-    /// The VPs, if they are known. MSIs are checked against them.
+    /// The VPs, if known. MSIs are checked against them.
     pub vps: Option<VpSet>,
-    /// Whether irqfds are disarmed around every push; by default where the kernel needs it.
+    /// Whether irqfds are disarmed around every push. `None` disarms them where the kernel needs it.
     pub quiesce: Option<bool>,
 }
 
@@ -93,7 +94,7 @@ impl Partition {
         Ok(partition)
     }
 
-    /// Takes charge of the MSI routing of a partition that another VMM made, on a duplicate of its descriptor.
+    /// Takes over the MSI routing of a partition that another VMM made. Keeps a duplicate of its descriptor.
     pub fn adopt(backend: Backend, fd: RawFd, options: &AdoptOptions) -> Result<Arc<Self>> {
         let device = node(backend, options.device.as_deref())?;
         let own = duplicate(backend, fd)?;
@@ -131,7 +132,7 @@ fn take_over(backend: Backend, device: &Path, fd: OwnedFd, keep: &[(u32, RawMsi)
     match backend {
         Backend::Mshv => Ok(on_mshv(MshvPartition::adopt(fd, keep))),
         Backend::Kvm => KvmPartition::adopt(device, fd, keep).map(on_kvm),
-        // Refused when its descriptor was looked at.
+        // `duplicate` has refused it already.
         Backend::Simulated => Err(CallError::new(Operation::Open, "adopt", libc::EINVAL)),
     }
 }
@@ -180,7 +181,7 @@ fn unavailable(backend: Backend, device: &Path, error: CallError) -> Error {
     Error::Unavailable { device: device.display().to_string(), error, advice }
 }
 
-/// The cure for a device node that gives no partition.
+/// Advice for a device node that yields no partition.
 fn advice(backend: Backend, device: &Path, error: &CallError) -> String {
     match (backend, error.errno) {
         (_, libc::EMFILE) => "raise RLIMIT_NOFILE (ulimit -n)".into(),
@@ -199,13 +200,13 @@ fn advice(backend: Backend, device: &Path, error: &CallError) -> String {
                 .into()
         }
         (Backend::Kvm, libc::EIO) if error.call == "KVM_GET_IRQCHIP" => {
-            "another process made the VM, and KVM takes ioctls from its maker only; adopt it there, or make a VM here"
+            "another process made the VM, and KVM takes ioctls from that one only; adopt it there, or make a VM here"
                 .into()
         }
         (_, libc::ENOENT | libc::ENXIO | libc::ENODEV) => "there is no such device: load the module (kvm_intel or \
              kvm_amd) and turn virtualization on in the firmware; without it use \"simulated\""
             .into(),
-        (_, libc::ENOTTY | libc::EINVAL) => format!("this is no device of {backend}; give another node, or none"),
-        _ => format!("{backend} gave no partition; the kernel log may say why"),
+        (_, libc::ENOTTY | libc::EINVAL) => format!("this is not a device of {backend}; give another node, or none"),
+        _ => format!("{backend} could not make a partition; the kernel log may say why"),
     }
 }

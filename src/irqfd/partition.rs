@@ -1,4 +1,4 @@
-//! A partition: its GSIs, its routes, its VPs, and the lock under which a kernel is spoken to.
+//! A partition: its GSIs, routes and VPs, and the lock that guards every call into its kernel.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
@@ -21,7 +21,7 @@ use crate::hypervisor::{CallError, Hypervisor, Interrupt, Operation, RawMsi, Tar
 
 type Partitions = std::sync::Mutex<Vec<Weak<Partition>>>;
 
-/// Every partition that this process has open, to tell what is given to two of them.
+/// Every open partition of this process, to detect a descriptor that two of them would share.
 static PARTITIONS: PerProcess<Partitions> = PerProcess::new();
 
 fn partitions() -> Result<std::sync::MutexGuard<'static, Vec<Weak<Partition>>>> {
@@ -36,8 +36,8 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
 
 /// A partition of a hypervisor. Its routes keep it alive; dropping it closes it.
 ///
-/// Locks are taken in this order: a route's, then the partition's; a batch takes its routes by GSI. Under the
-/// partition's lock are the routing table and the set of armed irqfds, and every call that changes them.
+/// Locks are taken in this order: a route's, then the partition's. A batch locks its routes by GSI. The partition's
+/// lock guards the routing table and the set of armed irqfds, and every call that changes them.
 #[derive(Debug)]
 pub struct Partition {
     owner: Owner,
@@ -45,21 +45,21 @@ pub struct Partition {
     observer: Observer,
     fd: Option<RawFd>,
     closed: AtomicBool,
-    /// Changes of intent that the kernel had no part in, and so not the lock either.
-    unheard: AtomicU64,
-    /// Held while waiting for `state`, which goes by turns that way: whoever gives it up finds the one that waits for it
-    /// here, and can't have it back before.
+    /// Changes of intent that needed no call into the kernel, and so no lock.
+    skipped: AtomicU64,
+    /// Held while waiting for `state`, so that threads take turns: a thread that has just released `state` queues here,
+    /// behind the thread that waits for it.
     turn: Mutex<()>,
     state: Mutex<State>,
 }
 
 impl Partition {
-    /// Takes charge of a hypervisor's partition, whose irqfds and routing table nobody else may use.
+    /// Takes over a hypervisor's partition. No other code may use its irqfds and routing table.
     pub fn new(hypervisor: Box<dyn Hypervisor>, config: Config) -> Result<Arc<Self>> {
         Self::observed(hypervisor, Observer::None, config)
     }
 
-    /// The same, with an observer of the interrupts that arrive.
+    /// As `new`, with an observer of the interrupts that arrive.
     pub(super) fn observed(
         hypervisor: Box<dyn Hypervisor>,
         observer: Observer,
@@ -79,7 +79,7 @@ impl Partition {
             config,
             observer,
             closed: AtomicBool::new(false),
-            unheard: AtomicU64::new(0),
+            skipped: AtomicU64::new(0),
             turn: Mutex::default(),
             state,
         });
@@ -89,7 +89,7 @@ impl Partition {
             let other = all.iter().filter_map(Weak::upgrade).find(|other| other.has_file(fd));
             if other.is_some() {
                 return Err(Error::Invalid(
-                    "this process has a Partition on that file already; its routing table has one owner".into(),
+                    "this process already has a Partition on that file; its routing table can have only one".into(),
                 ));
             }
         }
@@ -106,14 +106,14 @@ impl Partition {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether somebody waits for the lock.
+    /// Whether a thread waits for the lock.
     #[cfg(test)]
     #[cfg(not(shuttle))]
     pub(super) fn is_awaited(&self) -> bool {
         self.turn.try_lock().is_err()
     }
 
-    /// Says whether this process may act on the partition; before any lock, which a forked child could find
+    /// Checks that this process may act on the partition. Comes before any lock: a forked child could find one
     /// held by a thread that it does not have.
     pub fn check_owner(&self) -> Result {
         if self.owner.is_current() { Ok(()) } else { Err(Error::Forked) }
@@ -149,7 +149,7 @@ impl Partition {
         let Some(fd) = event else {
             return self.add_route_on(self.lock(), new_event()?);
         };
-        // Held to the end, so that two callers can't bring one eventfd at the same time.
+        // Held to the end, so that two callers can't pass the same eventfd at the same time.
         let all = partitions()?;
         let event = EventFd::adopt(fd)?;
         for other in all.iter().filter_map(Weak::upgrade) {
@@ -163,7 +163,7 @@ impl Partition {
         self.add_route_on(self.lock(), event)
     }
 
-    /// Makes a route on a new eventfd, or returns `None` if that would have to wait for the partition's lock.
+    /// Makes a route on a new eventfd. Returns `None` instead of waiting for the partition's lock.
     pub(super) fn try_add_route(&self) -> Result<Option<Arc<Route>>> {
         self.check_open()?;
         let state = match self.state.try_lock() {
@@ -184,7 +184,7 @@ impl Partition {
         Ok(route)
     }
 
-    /// Brings the kernel to what `changes` ask for, or leaves everything as it was.
+    /// Makes all the changes in the kernel, or none of them.
     pub(super) fn apply(&self, changes: &mut [Change]) -> Result {
         let mut state = self.lock();
         if state.closing {
@@ -199,18 +199,18 @@ impl Partition {
         Ok(())
     }
 
-    /// Refuses a destination without a VP. On the root scheduler the mshv driver follows a null pointer for
-    /// it, with interrupts off (`mshv_try_assert_irq_fast`); elsewhere the interrupt would just be lost.
-    /// Logical destinations take another path there.
+    /// Refuses a destination without a VP. On the root scheduler the mshv driver dereferences a null pointer for
+    /// it, with interrupts off (`mshv_try_assert_irq_fast`). Elsewhere the interrupt would be lost. Logical
+    /// destinations take another path in the driver.
     fn check_vp(&self, vps: &VpSet, change: &Change) -> Result {
         let Some(target) = change.wanted.map(Target::decode).filter(|target| !target.logical) else {
             return Ok(());
         };
-        let there = match target.destination {
+        let exists = match target.destination {
             u8::MAX => self.config.backend.takes_broadcast() && *vps != VpSet::default(),
             index => vps.contains(index),
         };
-        if there {
+        if exists {
             return Ok(());
         }
         Err(Error::MissingVp {
@@ -220,12 +220,12 @@ impl Partition {
         })
     }
 
-    /// A change of intent that the kernel has no part in.
-    pub(super) fn count_unheard(&self) {
-        self.unheard.fetch_add(1, Ordering::Relaxed);
+    /// Counts a change of intent that needs no call into the kernel.
+    pub(super) fn count_skipped(&self) {
+        self.skipped.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Disarms and forgets a route. What the kernel refuses on the way is reported, and the rest is done.
+    /// Disarms and forgets a route. Continues past errors and reports them.
     pub(super) fn close_route(&self, route: &Arc<Route>) -> std::result::Result<(), Failure> {
         let mut intent = route.lock();
         if intent.closed {
@@ -236,9 +236,9 @@ impl Partition {
         route.set_intent(&mut intent, closed);
         match &result {
             Ok(()) => route.event.close(),
-            // Closed behind our back: what has the number now is somebody else's.
-            Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_gone(),
-            // Closing the partition tries once more to disarm it, which takes the descriptor.
+            // Closed by other code: the number may belong to another file by now.
+            Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_closed(),
+            // Closing the partition tries once more to disarm it, and needs the descriptor for that.
             Err(_) => {}
         }
         result
@@ -249,7 +249,7 @@ impl Partition {
         self.check_open()?;
         if self.config.adopted {
             return Err(Error::Unsupported(
-                "the VPs of an adopted partition are made by whoever made the partition; name them with \
+                "an adopted partition gets its VPs from the VMM that made it; name them with \
                  Partition.from_fd(vps=...)"
                     .into(),
             ));
@@ -265,13 +265,13 @@ impl Partition {
             return Err(closed());
         }
         if state.vps.is_some_and(|vps| vps.contains(index)) {
-            return Err(Error::Invalid(format!("VP {index} is there already")));
+            return Err(Error::Invalid(format!("VP {index} already exists")));
         }
         state.create_vp(index)?;
         Ok(())
     }
 
-    /// The VPs that the destinations of MSIs are checked against; `None` if unknown.
+    /// The VPs against which MSI destinations are checked; `None` if unknown.
     pub fn vps(&self) -> Result<Option<Vec<u8>>> {
         self.check_open()?;
         Ok(self.lock().vps.map(|vps| vps.iter().collect()))
@@ -288,7 +288,8 @@ impl Partition {
         Ok(self.lock().gsi_state(self.index(gsi)))
     }
 
-    /// The MSI entries that the kernel holds, as far as we told it: by GSI, inert and kept ones included.
+    /// The MSI entries of the last push, by GSI, including inert ones and the caller's own. No kernel can be asked for
+    /// its table.
     pub fn routing_table(&self) -> Result<Vec<(u32, RawMsi)>> {
         self.check_open()?;
         let state = self.lock();
@@ -298,20 +299,20 @@ impl Partition {
         Ok(table)
     }
 
-    /// Works on a closed partition too.
+    /// Counts since the partition was opened. Works on a closed partition too.
     pub fn stats(&self) -> Result<PartitionStats> {
         self.check_owner()?;
         let mut stats = self.lock().stats;
-        stats.pushes_skipped += self.unheard.load(Ordering::Relaxed);
+        stats.pushes_skipped += self.skipped.load(Ordering::Relaxed);
         Ok(stats)
     }
 
-    /// Takes the interrupts that arrived, after a wait of at most `wait` for the first. May return early without one.
+    /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
         self.check_open()?;
         self.observer
             .take_interrupts(wait)
-            .map_err(|error| unobservable(error, "the mshv driver does not tell which interrupts arrived"))
+            .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
     }
 
     /// The kernel of a simulated partition.
@@ -320,7 +321,7 @@ impl Partition {
         self.observer.driver().map_err(|error| unobservable(error, "only a simulated partition can do that"))
     }
 
-    /// Closes the routes and gives up the partition. Goes on past errors and reports them at the end.
+    /// Closes the routes and the partition. Continues past errors and reports them at the end.
     pub fn close(&self) -> Result {
         self.check_owner()?;
         let routes = self.lock().start_closing();
@@ -344,7 +345,7 @@ impl Partition {
         Err(Failure { further: failures, ..first }.into())
     }
 
-    /// What a finalizer does: closes, or in a forked child nothing, the descriptors going with the memory.
+    /// For finalizers: closes. Does nothing in a forked child, where dropping the partition closes its descriptors.
     pub fn abandon(&self) -> Result {
         if self.check_owner().is_ok() { self.close() } else { Ok(()) }
     }

@@ -1,4 +1,4 @@
-//! A route's handle: one GSI, one eventfd, the MSI that a signal becomes, and whether it is masked.
+//! The handle of a route: one GSI, one eventfd, and the MSI that a signal becomes.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -13,8 +13,7 @@ use crate::hypervisor::{CallError, Operation};
 
 /// A route of a partition. Dropping it closes it.
 ///
-/// Reading its state takes no lock and waits for nobody; changing it takes the route's lock and then the
-/// partition's.
+/// Reading its state takes no lock and never waits. Changing it takes the route's lock, then the partition's.
 #[derive(Debug)]
 pub struct IrqFdRoute {
     partition: Arc<Partition>,
@@ -29,7 +28,7 @@ impl Partition {
         Ok(IrqFdRoute { partition: Arc::clone(self), route })
     }
 
-    /// Makes a route on a new eventfd, or returns `None` if that would have to wait for the partition's lock.
+    /// Makes a route on a new eventfd. Returns `None` instead of waiting for the partition's lock.
     pub fn try_new_route(self: &Arc<Self>) -> Result<Option<IrqFdRoute>> {
         let route = self.try_add_route()?;
         Ok(route.map(|route| IrqFdRoute { partition: Arc::clone(self), route }))
@@ -64,7 +63,7 @@ impl IrqFdRoute {
         }
     }
 
-    /// For what is true of the owner's route and may be long past in a forked child.
+    /// The published state. Only the owner may read it: a forked child's copy may be out of date.
     fn current(&self) -> Result<u64> {
         self.partition.check_owner()?;
         self.open()
@@ -97,13 +96,13 @@ impl IrqFdRoute {
         self.open().map(|_| self.route.event.as_raw_fd())
     }
 
-    /// Raises the route's interrupt now if it is armed, else leaves `n` signals pending. Works in a forked child.
+    /// Raises the interrupt if the route is armed; otherwise leaves `n` signals pending. Works in a forked child.
     pub fn signal(&self, n: u64) -> Result {
         self.open()?;
         self.route.event.signal(n).map_err(|error| self.event_error("write", &error))
     }
 
-    /// Whether `signal` could wait, if only for the moment between seeing room in the counter and using it.
+    /// Whether `signal` could block, if only because other code fills the counter just before the write.
     pub fn signal_may_block(&self) -> bool {
         self.route.event.may_block()
     }
@@ -116,7 +115,7 @@ impl IrqFdRoute {
         Failure::new(CallError::new(Operation::Event, call, errno), Some(self.route.gsi)).into()
     }
 
-    /// Whether a signal waits for the route to be armed. While it is armed, none does.
+    /// Whether a signal waits for the route to be armed. Always false while the route is armed.
     pub fn pending(&self) -> Result<bool> {
         if self.current()? & ARMED != 0 {
             return Ok(false);
@@ -124,28 +123,28 @@ impl IrqFdRoute {
         self.route.event.is_readable().map_err(|error| self.event_error("poll", &error))
     }
 
-    /// Takes what is pending, and says whether anything was. It can't be armed meanwhile, so that no signal is both
-    /// taken here and delivered, or neither.
+    /// Takes the pending signals, and returns whether there were any. The route can't be armed meanwhile, so that every
+    /// signal is either taken or delivered, and none is both.
     pub fn consume_pending(&self) -> Result<bool> {
         self.take_pending().map(|count| count != 0)
     }
 
-    /// Takes what is pending, and says how often it was signalled.
+    /// Takes the pending signals and returns their number.
     pub fn take_pending(&self) -> Result<u64> {
         self.partition.check_owner()?;
         let intent = self.route.lock();
         if intent.closed {
             return Err(self.route.closed());
         }
-        // A route that should be armed and could not be armed again may be, with any other route's push.
-        let _lapsed = (!intent.is_idle()).then(|| self.partition.lock());
+        // If the route is waiting to be re-armed, a push for another route may arm it.
+        let _locked = (!intent.is_idle()).then(|| self.partition.lock());
         if self.route.load() & ARMED != 0 {
             return Ok(0);
         }
         self.route.event.consume().map_err(|error| self.event_error("preadv2", &error))
     }
 
-    /// Brings the kernel to what `edit` makes of the intent, and keeps the new intent if that worked.
+    /// Applies `edit` to the intent, in the kernel first. A refused call leaves the intent as it was.
     fn change(&self, edit: impl FnOnce(&mut Intent)) -> Result {
         self.partition.check_owner()?;
         let mut intent = self.route.lock();
@@ -156,7 +155,7 @@ impl IrqFdRoute {
             return Ok(());
         }
         if intent.is_idle() && new.is_idle() && new.msi.is_some() {
-            self.partition.count_unheard();
+            self.partition.count_skipped();
         } else {
             let index = self.partition.index(self.route.gsi);
             self.partition.apply(&mut [Change::to(index, new)])?;
@@ -181,13 +180,13 @@ impl IrqFdRoute {
         self.change(|intent| intent.masked = false)
     }
 
-    /// Disarms, gives the GSI back and closes the descriptor. Goes on past errors and reports them.
+    /// Disarms the route, frees its GSI and closes its descriptor. Continues past errors and reports them.
     pub fn close(&self) -> Result {
         self.partition.check_owner()?;
         self.partition.close_route(&self.route).map_err(Error::from)
     }
 
-    /// What a finalizer does: closes, or in a forked child gives up the descriptor and touches nothing else.
+    /// For finalizers: closes. In a forked child closes only the descriptor.
     pub fn abandon(&self) -> Result {
         if self.partition.check_owner().is_ok() {
             return self.close();
@@ -206,8 +205,8 @@ impl AsRef<IrqFdRoute> for IrqFdRoute {
 impl Drop for IrqFdRoute {
     fn drop(&mut self) {
         if !self.is_closed() {
-            // Whoever wants to know of failures closes before dropping.
-            let _unheard = self.abandon();
+            // A caller who wants to see failures calls `close` first.
+            let _ignored = self.abandon();
         }
     }
 }

@@ -9,7 +9,7 @@ use super::msi::MsiRoute;
 use super::sync::{AtomicU64, Mutex, MutexGuard};
 use crate::hypervisor::event::EventFd;
 
-/// The state that a caller has asked of a route. The route's lock guards it.
+/// The state that the caller wants of a route. The route's lock guards it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Intent {
     pub(super) masked: bool,
@@ -18,19 +18,19 @@ pub(super) struct Intent {
 }
 
 impl Intent {
-    /// Whether nothing is to be armed.
+    /// Whether the route is not to be armed.
     pub(super) fn is_idle(self) -> bool {
         self.masked || self.msi.is_none()
     }
 }
 
-/// The part of a route that its partition shares.
+/// The part of a route that its handle and its partition share.
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) gsi: u32,
     pub(super) event: EventFd,
     intent: Mutex<Intent>,
-    /// The intent and the kernel's state, in one word that readers load without a lock.
+    /// The intent and the kernel's state in one word, which readers load without a lock.
     published: AtomicU64,
 }
 
@@ -63,7 +63,7 @@ impl Route {
     }
 
     fn update(&self, clear: u64, set: u64) {
-        // Two writers, under different locks, own different bits.
+        // There are two writers. Each owns its own bits, under its own lock.
         let _before =
             self.published.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| Some(bits & !clear | set));
     }
@@ -76,7 +76,7 @@ impl Route {
         }
     }
 
-    /// Stores a new intent. Called with the route's lock, which `intent` shows.
+    /// Stores a new intent. The caller holds the route's lock, as `intent` shows.
     pub(super) fn set_intent(&self, intent: &mut Intent, new: Intent) {
         *intent = new;
         let flag = |condition, bit| if condition { bit } else { 0 };
@@ -85,7 +85,7 @@ impl Route {
         self.update(!OF_PARTITION, bits);
     }
 
-    /// Whether the kernel holds what this intent asks for.
+    /// Whether the kernel's state agrees with this intent.
     pub(super) fn is_settled(&self, intent: Intent) -> bool {
         (self.load() & ARMED != 0) == (!intent.masked && intent.msi.is_some())
     }
@@ -101,7 +101,7 @@ impl Route {
     }
 
     pub(super) fn closed(&self) -> Error {
-        Error::Closed(format!("the route that had GSI {} (unallocated by now, or another route's)", self.gsi))
+        Error::Closed(format!("the route that had GSI {} (now unallocated, or another route's)", self.gsi))
     }
 
     /// The GSI where the route is armed.

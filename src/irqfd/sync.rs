@@ -1,4 +1,4 @@
-//! The locks and shared words of the core: the standard library's, or, where interleavings are tried, shuttle's.
+//! The core's locks and atomics: the standard library's, or shuttle's in the tests of interleavings.
 
 #[cfg(not(all(test, shuttle)))]
 pub(super) use std::sync::atomic::{AtomicBool, AtomicU64};

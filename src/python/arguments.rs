@@ -1,4 +1,4 @@
-//! Arguments that several calls take.
+//! Conversions of arguments that several calls share.
 
 use std::ops::Range;
 use std::os::fd::RawFd;
@@ -19,7 +19,7 @@ pub(super) fn address_and_data(address: &Bound<'_, PyAny>, data: &Bound<'_, PyAn
         value.extract::<u64>().map_err(|error| bad_integer(&error, value, name, range))
     };
     let address = number(address, "MSI address", "x86 MSI addresses are 0xFEE00000-0xFEEFFFFF")?;
-    let data = number(data, "MSI data", "the data of an MSI are 16 bits")?;
+    let data = number(data, "MSI data", "MSI data is 16 bits")?;
     Ok(irqfd::MsiRoute::new(address, data).map_err(irqfd::Error::from)?)
 }
 
@@ -36,26 +36,26 @@ pub(super) fn descriptor(value: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     }
 }
 
-/// GSIs to hand out, as a `range` with step 1.
-pub(super) fn gsis(value: &Bound<'_, PyAny>) -> PyResult<Range<u32>> {
+/// GSIs: a `range` with step 1.
+pub(super) fn gsis(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Range<u32>> {
     let range = value.cast::<PyRange>().map_err(|_| {
         let shown = value.repr().map_or_else(|_| "?".into(), |text| text.to_string());
-        PyTypeError::new_err(format!("gsis must be a range such as range(24, 2072), not {shown}"))
+        PyTypeError::new_err(format!("{name} must be a range such as range(24, 2072), not {shown}"))
     })?;
     let bounds = (range.start()?, range.stop()?);
     if range.step()? != 1 {
-        return Err(PyValueError::new_err(format!("gsis {value} has a step; GSIs are one run, with step 1")));
+        return Err(PyValueError::new_err(format!("{name} {value} has a step; give a range with step 1")));
     }
     match bounds {
         (start @ 0.., stop) if start.max(stop) <= MAX_GSIS as isize => Ok(start as u32..stop.max(0) as u32),
         _ => Err(PyValueError::new_err(format!(
-            "gsis {value} leaves 0-{}, the GSIs that kernels take",
+            "{name} {value} goes outside 0-{}, the GSIs that kernels accept",
             MAX_GSIS - 1
         ))),
     }
 }
 
-/// VPs: how many (from 0 up), or which.
+/// VPs: their number (indexes from 0 up), or an iterable of their indexes.
 pub(super) fn vps(value: &Bound<'_, PyAny>) -> PyResult<VpSet> {
     let range = "VP indexes are 0 to 254";
     let index = |value: &Bound<'_, PyAny>, name: &str, most: i64| {
@@ -77,7 +77,7 @@ pub(super) fn vps(value: &Bound<'_, PyAny>) -> PyResult<VpSet> {
     Ok((0..count).collect())
 }
 
-/// Entries that stay in every push.
+/// The caller's own entries, which every push keeps.
 pub(super) fn keep(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u32, RawMsi)>> {
     value
         .try_iter()?
@@ -85,8 +85,9 @@ pub(super) fn keep(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u32, RawMsi)>> {
             let entry = entry?;
             let shape = "keep takes RoutingEntry(gsi, address, data), of 32-bit integers";
             type Fields<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
-            let (gsi, address, data): Fields<'_> =
-                entry.extract().map_err(|_| PyTypeError::new_err(format!("keep: {entry} is no entry; {shape}")))?;
+            let (gsi, address, data): Fields<'_> = entry
+                .extract()
+                .map_err(|_| PyTypeError::new_err(format!("keep: {entry} is not an entry; {shape}")))?;
             let number = |value: &Bound<'_, PyAny>, name| {
                 value.extract::<u32>().map_err(|error| bad_integer(&error, value, name, shape))
             };
@@ -96,9 +97,11 @@ pub(super) fn keep(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u32, RawMsi)>> {
         .collect()
 }
 
-/// How long to wait, in seconds.
+/// A timeout in seconds.
 pub(super) fn timeout(seconds: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(|_| {
-        PyValueError::new_err(format!("timeout {seconds} is no number of seconds; give 0 or more, and no infinity"))
+        PyValueError::new_err(format!(
+            "timeout {seconds} is not a valid number of seconds; give a finite number, 0 or more"
+        ))
     })
 }

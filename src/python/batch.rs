@@ -29,7 +29,9 @@ impl Batch {
 }
 
 fn spent() -> PyErr {
-    ClosedError::new_err("the batch is closed: committed, or left by an exception; begin another with batch()")
+    ClosedError::new_err(
+        "the batch is closed: it was committed or left by an exception; begin another with batch()",
+    )
 }
 
 #[pymethods]
@@ -37,7 +39,7 @@ impl Batch {
     /// Sets a route's MSI, as `IrqFdRoute.set_msi()` does.
     ///
     /// Raises:
-    ///     ValueError, OverflowError, TypeError: this is no MSI, or `route` is no route.
+    ///     ValueError, OverflowError, TypeError: the arguments are not a route and an MSI.
     ///     ClosedError: the batch is closed.
     #[pyo3(signature = (route, address, data=None))]
     fn set_msi(
@@ -67,7 +69,7 @@ impl Batch {
 
     /// Makes the changes: disarms, pushes once if any entry changed, arms.
     ///
-    /// If anything is refused, all is as before. The batch is closed either way.
+    /// If a call fails, everything is rolled back. The batch is closed either way.
     ///
     /// Raises:
     ///     ClosedError: the batch, its partition or one of its routes is closed.
@@ -80,13 +82,13 @@ impl Batch {
         Ok(py.detach(|| edits.commit())?)
     }
 
-    /// The partition whose routes it changes.
+    /// The partition that the routes belong to.
     #[getter]
     fn partition(&self, py: Python<'_>) -> Py<Partition> {
         self.partition.clone_ref(py)
     }
 
-    /// For the garbage collector: an object of a subclass may refer back to this one.
+    /// For the garbage collector: an instance of a subclass may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.partition)
     }

@@ -1,5 +1,5 @@
-//! What `mshv-irqfd bench` sets beside the package. Private to it: no part of the package's interface, and free to
-//! change with the bench.
+//! Designs that `mshv-irqfd bench` compares with the package. Private to the bench, and not part of the package's
+//! interface.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -19,12 +19,12 @@ use crate::instruments::null::NullPartition;
 use crate::instruments::{Design, Workload, floor, rebuild};
 use crate::irqfd::{self, Config};
 
-/// A design of `src/bench` on a partition of its own, with one VP.
+/// A design of `src/instruments` on a partition of its own, with one VP.
 ///
 /// Args:
 ///     design: "floor", "floor-quiesced" or "rebuild".
 ///     backend: "mshv", "kvm", "simulated" or "null".
-///     routes: how many.
+///     routes: the number of routes.
 #[pyclass(frozen, module = "mshv_irqfd._core")]
 pub(crate) struct Baseline(Mutex<Option<Design>>);
 
@@ -57,7 +57,7 @@ impl Baseline {
         Ok(Self(Mutex::new(Some(design))))
     }
 
-    /// Runs a workload a number of times in a row, and returns the nanoseconds that all of them took.
+    /// Runs a workload a number of times in a row, and returns the total time in nanoseconds.
     fn run(&self, py: Python<'_>, workload: &str, calls: u32) -> PyResult<u64> {
         let workload = Workload::ALL
             .into_iter()
@@ -69,7 +69,7 @@ impl Baseline {
         Ok(took.as_nanos() as u64)
     }
 
-    /// Gives up the partition.
+    /// Closes the partition.
     fn close(&self, py: Python<'_>) {
         let design = self.0.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(design));
@@ -79,7 +79,7 @@ impl Baseline {
 /// A partition whose kernel does nothing, with one VP.
 #[pyfunction]
 pub(crate) fn null_partition(py: Python<'_>, gsis: &Bound<'_, PyAny>) -> PyResult<Partition> {
-    let config = Config { quiesce: false, ..Config::new(Backend::Simulated, arguments::gsis(gsis)?) };
+    let config = Config { quiesce: false, ..Config::new(Backend::Simulated, arguments::gsis("gsis", gsis)?) };
     let core = py.detach(|| -> irqfd::Result<_> {
         let core = irqfd::Partition::new(Box::new(NullPartition::new()), config)?;
         core.create_vp(0)?;

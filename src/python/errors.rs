@@ -1,4 +1,4 @@
-//! The core's errors as the exceptions that `mshv_irqfd.errors` defines.
+//! The conversion of the core's errors to the exceptions of `mshv_irqfd.errors`.
 
 use pyo3::exceptions::{PyOSError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -7,15 +7,15 @@ use pyo3::types::{PyDict, PyType};
 use crate::hypervisor::{CallError, Operation, strerror};
 use crate::irqfd::{Error, Failure};
 
-/// Exceptions that Python defines, and what looks each up once, when the module is imported. While an interpreter ends,
-/// finalizers still call in here, and nothing can be imported any more: looking one up then would be a panic.
+/// Exceptions that Python defines, and the function that looks them all up when the module is imported. Finalizers call
+/// this module even while the interpreter ends. Imports then fail, and a first look-up would panic.
 macro_rules! exceptions {
     ($($module:ident $(. $inner:ident)*, $name:ident;)+) => {
         $(pyo3::import_exception!($module $(. $inner)*, $name);)+
 
         pub(crate) fn look_up(py: Python<'_>) -> PyResult<()> {
             $(
-                // Says as an error what `get_type` would panic about.
+                // Returns an error where `get_type` would panic.
                 py.import(concat!(stringify!($module) $(, ".", stringify!($inner))*))?.getattr(stringify!($name))?;
                 py.get_type::<$name>();
             )+
@@ -64,7 +64,7 @@ impl From<Error> for PyErr {
     }
 }
 
-/// An `OSError` of an errno, which the conversion that comes with PyO3 would leave out.
+/// An `OSError` with its errno, which PyO3's own conversion leaves out.
 pub(super) fn plain_os_error(error: &std::io::Error) -> PyErr {
     match error.raw_os_error() {
         Some(errno) => os_error_of(errno),
@@ -110,7 +110,7 @@ fn unavailable(py: Python<'_>, error: &CallError, advice: &str, text: &str) -> P
     Ok(PyErr::from_value(class.call((error.errno, text), Some(&attributes))?))
 }
 
-/// An argument of the wrong type, or an integer too large or too small for any kernel, named in the words of the caller.
+/// The error for an argument of the wrong type, or for an integer too large or too small for any kernel.
 pub(super) fn bad_integer(error: &PyErr, value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyErr {
     let py = value.py();
     let shown = value.repr().map_or_else(|_| "?".into(), |text| text.to_string());

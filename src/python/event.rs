@@ -18,13 +18,13 @@ use crate::irqfd::{Error, Failure};
 
 /// An eventfd: a counter that one side adds to and the other empties.
 ///
-/// `EventFd()` makes one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates one, and
-/// `IrqFdRoute.event` is a view of a route's. Has `fileno()`, so it works with `selectors` and asyncio.
+/// `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
+/// `IrqFdRoute.event` is a view of a route's. It has `fileno()`, so it works with `selectors` and asyncio.
 ///
 /// Threads may share it. It works in a forked child, on the same counter as in the parent.
 ///
 /// Raises:
-///     IrqFdError: no descriptor is left (EMFILE).
+///     IrqFdError: the process has too many open files (EMFILE).
 ///
 /// Example:
 ///     >>> with EventFd() as event:
@@ -36,13 +36,13 @@ use crate::irqfd::{Error, Failure};
 pub(crate) struct EventFd {
     source: Source,
     closed: AtomicBool,
-    /// Whose it is to warn if it is left open.
+    /// The process that warns if it is left open.
     owner: Owner,
 }
 
 enum Source {
     Own(event::EventFd),
-    /// Keeps the route alive, and reads under its lock.
+    /// A view of a route's eventfd. It keeps the route alive, and reads under the route's lock.
     View(Py<IrqFdRoute>),
 }
 
@@ -62,7 +62,7 @@ impl EventFd {
 
 #[pymethods]
 impl EventFd {
-    /// `_source` is for `from_fd` and `IrqFdRoute.event`, which make objects of this class's Python half.
+    /// `_source` is for `from_fd` and `IrqFdRoute.event`, which make instances of the Python subclass.
     #[new]
     #[pyo3(signature = (_source=None))]
     fn new(_source: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
@@ -80,17 +80,17 @@ impl EventFd {
         Ok(Self { source, closed: AtomicBool::new(false), owner })
     }
 
-    /// Duplicates a caller's eventfd (an int, or an object with `fileno()`), which stays the caller's to close.
+    /// Duplicates a caller's eventfd (an int, or an object with `fileno()`). The caller still closes its own.
     ///
     /// Raises:
-    ///     ValueError: it is another kind of file, or an eventfd in semaphore mode.
-    ///     IrqFdError: it is not open (EBADF), or no descriptor is left (EMFILE).
+    ///     ValueError: `fd` is another kind of file, or an eventfd in semaphore mode.
+    ///     IrqFdError: `fd` is not open (EBADF), or the process has too many open files (EMFILE).
     #[classmethod]
     fn from_fd<'py>(class: &Bound<'py, PyType>, fd: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         class.call1((arguments::descriptor(fd)?,))
     }
 
-    /// The descriptor. Readable while something is pending and no kernel or thread has taken it.
+    /// The descriptor. It is readable while signals are pending.
     ///
     /// Raises:
     ///     ClosedError: it is closed.
@@ -102,7 +102,7 @@ impl EventFd {
         }
     }
 
-    /// Adds to the counter. Never waits: a counter too full to take `n` stays as it is, and pending.
+    /// Adds `n` to the counter. Never waits: a counter without room for `n` stays as it is.
     ///
     /// Args:
     ///     n: 1 to 2**64 - 2.
@@ -133,7 +133,7 @@ impl EventFd {
     /// Empties the counter.
     ///
     /// Returns:
-    ///     What it held; 0 if nothing was pending. On a view of an armed route 0: nothing is pending there.
+    ///     Its value; 0 if no signal was pending. Always 0 on a view of an armed route.
     ///
     /// Raises:
     ///     ClosedError: it is closed.
@@ -148,7 +148,7 @@ impl EventFd {
         }
     }
 
-    /// Gives up the descriptor. Closing twice is fine; closing a view leaves the route its own.
+    /// Closes the descriptor. Closing twice is fine. Closing a view does not close the route's descriptor.
     fn close(&self) {
         self.closed.store(true, Ordering::Release);
         if let Source::Own(event) = &self.source {
@@ -162,12 +162,12 @@ impl EventFd {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Whether a finalizer has something to warn of: not in a forked child.
+    /// Whether a finalizer should warn. Always false in a forked child.
     fn _is_left_open(&self) -> bool {
         !self.closed() && matches!(self.source, Source::Own(_)) && self.owner.is_current()
     }
 
-    /// For the garbage collector: an object of a subclass may refer back to this one.
+    /// For the garbage collector: an instance of a subclass may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         match &self.source {
             Source::Own(_) => Ok(()),
@@ -175,7 +175,7 @@ impl EventFd {
         }
     }
 
-    /// What a finalizer does: as close().
+    /// For finalizers: closes.
     fn _abandon(&self) {
         self.close();
     }

@@ -1,5 +1,5 @@
-//! The faces of the core in Python: arguments are converted, the interpreter is let go, the core is called, errors
-//! become exceptions. No rule of the package is decided here.
+//! The core's Python interface. It converts arguments, detaches from the interpreter, calls the core and turns errors
+//! into exceptions. It makes no decision of its own.
 
 mod arguments;
 mod batch;

@@ -10,7 +10,7 @@ use super::errors::bad_integer;
 use super::{arguments, values};
 use crate::irqfd;
 
-/// An MSI: the address and data that a device would write.
+/// An MSI: the address and the data that a device would write there.
 ///
 /// Immutable, comparable and hashable.
 ///
@@ -21,9 +21,9 @@ use crate::irqfd;
 ///         delivery mode (3 and 6 are reserved), bit 14 the level, bit 15 the trigger mode.
 ///
 /// Raises:
-///     ValueError: one of these rules is broken; the message names the value and the rule.
-///     OverflowError: negative, or beyond 64 bits.
-///     TypeError: not an int.
+///     ValueError: a value breaks one of these rules. The message names both.
+///     OverflowError: a value is negative, or has more than 64 bits.
+///     TypeError: a value is not an int.
 ///
 /// Example:
 ///     >>> MsiRoute(0xFEE01000, 0x41) == MsiRoute.fixed(0x41, 1)
@@ -32,7 +32,7 @@ use crate::irqfd;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MsiRoute(pub(super) irqfd::MsiRoute);
 
-/// An MSI given as one `MsiRoute` or as address and data.
+/// An MSI from one `MsiRoute`, or from an address and data.
 pub(super) fn from_arguments(
     address: &Bound<'_, PyAny>,
     data: Option<&Bound<'_, PyAny>>,
@@ -40,7 +40,7 @@ pub(super) fn from_arguments(
     if let Ok(route) = address.cast::<MsiRoute>() {
         return match data {
             None => Ok(route.get().0),
-            Some(_) => Err(PyTypeError::new_err("an MsiRoute has its data already; give no second argument")),
+            Some(_) => Err(PyTypeError::new_err("an MsiRoute includes its data; give no second argument")),
         };
     }
     let Some(data) = data else {
@@ -56,11 +56,11 @@ impl MsiRoute {
         arguments::address_and_data(address, data).map(Self)
     }
 
-    /// An edge-triggered interrupt of fixed delivery to one APIC id: what nearly every device sends.
+    /// An edge-triggered interrupt with fixed delivery to one APIC id. Nearly every device sends these.
     ///
     /// Args:
     ///     vector: 16 to 255.
-    ///     apic_id: 0 to 255 (255 is every processor).
+    ///     apic_id: 0 to 255 (255 is all processors).
     #[staticmethod]
     fn fixed(vector: &Bound<'_, PyAny>, apic_id: &Bound<'_, PyAny>) -> PyResult<Self> {
         let byte = |value: &Bound<'_, PyAny>, name: &str, least: i64, range: &str| {
@@ -135,7 +135,7 @@ impl MsiRoute {
     }
 }
 
-/// How a route's `repr` says it.
+/// The text for a route's `repr`.
 pub(super) fn describe(msi: irqfd::MsiRoute) -> String {
     let target = msi.target();
     let mode = match target.delivery_mode {

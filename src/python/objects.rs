@@ -1,4 +1,4 @@
-//! The Python objects, and what each holds: their methods are in files of their own, above this one.
+//! The Python classes and their fields. The methods of each are in a file of its own, which imports this one.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,11 +9,11 @@ use crate::irqfd;
 
 /// A partition (virtual machine) of a hypervisor, and the sole owner of its MSI routing table and irqfds.
 ///
-/// Made by `open_partition()` or `Partition.from_fd()`. Threads may share it. Close it, or use `with`; that closes
-/// its routes. In a forked child everything that would touch the partition raises `ForkedError`.
+/// `open_partition()` and `Partition.from_fd()` make partitions. Threads may share one. Close it, or use `with`;
+/// closing it closes its routes. In a forked child everything that would touch the partition raises `ForkedError`.
 ///
 /// Raises:
-///     ClosedError: from nearly everything, once it is closed.
+///     ClosedError: the partition is closed. Nearly every method raises this.
 #[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
 pub(crate) struct Partition {
     pub(super) core: Arc<irqfd::Partition>,
@@ -29,17 +29,16 @@ impl Partition {
 
 /// A route: one GSI, one eventfd, and the MSI that a signal on it becomes.
 ///
-/// Made by `Partition.new_irqfd_route()`, unmasked and without an MSI. Whoever has the eventfd (a device model,
-/// VFIO, vhost) signals it, and the kernel raises the MSI in the guest. A signal that comes while the route is not
-/// armed (masked, without an MSI, or about to be armed again) stays in the eventfd; arming then raises one
-/// interrupt for all that is pending.
+/// `Partition.new_irqfd_route()` makes a route, unmasked and without an MSI. The holder of the eventfd (a device model,
+/// VFIO, vhost) signals it, and the kernel raises the MSI in the guest. While the route is not armed (masked, without
+/// an MSI, or during a push), signals stay pending in the eventfd. Arming then raises one interrupt for all of them.
 ///
-/// Threads may share a route; its properties are read without waiting. Close it, or use `with`. In a forked child
+/// Threads may share a route. Reading its properties never waits. Close it, or use `with`. In a forked child
 /// only `signal()` and `fileno()` work; the rest raises `ForkedError`.
 ///
 /// Raises:
-///     ClosedError: from nearly everything, once it is closed.
-///     RouteBrokenError: from everything that would change it, once it is broken (`GsiState.BROKEN`).
+///     ClosedError: the route is closed. Nearly every method raises this.
+///     RouteBrokenError: the route is broken (`GsiState.BROKEN`). Every method that would change it raises this.
 ///
 /// Example:
 ///     >>> partition = open_partition("simulated")
@@ -54,11 +53,11 @@ pub(crate) struct IrqFdRoute {
     pub(super) partition: Py<Partition>,
 }
 
-/// Changes to several routes of one partition, made together with one push at the most, or not at all.
+/// Changes to several routes of one partition, made together with at most one push, or not at all.
 ///
-/// Made by `Partition.batch()`. Arguments are checked at each call, the state of the routes at the commit; the last
-/// word on a route wins. Leaving the `with` body commits; leaving it by an exception applies nothing. No lock is
-/// held meanwhile. A batch can be committed once.
+/// `Partition.batch()` begins a batch. Each call checks its arguments; the commit checks the state of the routes. The
+/// last change of a route wins. Leaving the `with` block commits; leaving it by an exception changes nothing. The batch
+/// holds no lock until it commits. A batch can be committed once.
 ///
 /// Example:
 ///     >>> partition = open_partition("simulated")
@@ -77,7 +76,7 @@ pub(crate) struct Batch {
 
 pub(super) type Edits = irqfd::Batch<Kept>;
 
-/// A route that only the batch knows must not be finalized before the commit.
+/// Keeps a route from being finalized before the commit, even if only the batch refers to it.
 pub(super) struct Kept(pub(super) Py<IrqFdRoute>);
 
 impl AsRef<irqfd::IrqFdRoute> for Kept {

@@ -16,13 +16,13 @@ use super::{arguments, values};
 use crate::hypervisor::{Backend, Operation, UnknownBackend};
 use crate::irqfd::{self, AdoptOptions, Options};
 
-/// The longest wait between two looks at whether Ctrl-C was pressed.
+/// The longest wait between two checks for Ctrl-C.
 const SLICE: Duration = Duration::from_millis(20);
 
 #[pymethods]
 impl Partition {
     #[new]
-    #[pyo3(signature = (backend_name, *, device, fd, gsis, keep, vps, quiesce, allow_missing_vp))]
+    #[pyo3(signature = (backend_name, *, device, fd, gsis, keep, spare, vps, quiesce, allow_missing_vp, preload))]
     #[expect(clippy::too_many_arguments)]
     fn open(
         py: Python<'_>,
@@ -31,36 +31,40 @@ impl Partition {
         fd: Option<&Bound<'_, PyAny>>,
         gsis: &Bound<'_, PyAny>,
         keep: &Bound<'_, PyAny>,
+        spare: Option<&Bound<'_, PyAny>>,
         vps: Option<&Bound<'_, PyAny>>,
         quiesce: Option<bool>,
         allow_missing_vp: bool,
+        preload: bool,
     ) -> PyResult<Self> {
         let backend: Backend =
             backend_name.parse().map_err(|error: UnknownBackend| PyValueError::new_err(error.to_string()))?;
         let fd = fd.map(arguments::descriptor).transpose()?;
-        let gsis = arguments::gsis(gsis)?;
+        let gsis = arguments::gsis("gsis", gsis)?;
+        let spares = spare.map_or(Ok(0..0), |spare| arguments::gsis("spare", spare))?;
         let keep = arguments::keep(keep)?;
         let vps = vps.map(arguments::vps).transpose()?;
         let core = match fd {
             None => {
-                let options = Options { device, gsis, vps: vps.unwrap_or_default(), quiesce, allow_missing_vp };
+                let vps = vps.unwrap_or_default();
+                let options = Options { device, gsis, vps, quiesce, allow_missing_vp, preload };
                 py.detach(|| irqfd::Partition::open(backend, &options))?
             }
             Some(fd) => {
-                let options = AdoptOptions { device, gsis, keep, vps, quiesce };
+                let options = AdoptOptions { device, gsis, keep, spares, vps, quiesce };
                 py.detach(|| irqfd::Partition::adopt(backend, fd, &options))?
             }
         };
         Ok(Self::new(core))
     }
 
-    /// Which kernel it stands on: "mshv", "kvm" or "simulated".
+    /// The kernel interface: "mshv", "kvm" or "simulated".
     #[getter]
     fn backend(&self) -> &'static str {
         self.core.config().backend.name()
     }
 
-    /// The GSIs that are handed out, a `range`.
+    /// The GSIs that are allocated to routes, a `range`.
     #[getter]
     fn gsis<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyRange>> {
         let gsis = &self.core.config().gsis;
@@ -73,16 +77,16 @@ impl Partition {
         self.core.config().quiesce
     }
 
-    /// The indexes of the VPs, which are their APIC ids, in a tuple.
+    /// The indexes of the VPs, which are also their APIC ids, in a tuple.
     ///
-    /// None if they are not known: an adopted partition whose VPs were not named.
+    /// None if they are unknown: the partition was adopted without `vps`.
     #[getter]
     fn vps<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
         let vps = py.detach(|| self.core.vps())?;
         vps.map(|vps| PyTuple::new(py, vps)).transpose()
     }
 
-    /// The open routes, in a list, by GSI.
+    /// The open routes, in a list ordered by GSI.
     #[getter]
     fn routes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         self.core.check_open()?;
@@ -113,13 +117,14 @@ impl Partition {
     /// A new route with the lowest free GSI, unmasked and without an MSI.
     ///
     /// Args:
-    ///     event: an eventfd of the caller's (an int, or an object with `fileno()`), which is duplicated; by default
-    ///         the route gets one of its own.
+    ///     event: a caller's eventfd (an int, or an object with `fileno()`), which the route duplicates. By default the
+    ///         route makes a new eventfd.
     ///
     /// Raises:
     ///     GsiExhaustedError: every GSI is taken.
-    ///     ValueError: `event` is no eventfd, one in semaphore mode, or the eventfd of another route of this process.
-    ///     IrqFdError: `event` is not open (EBADF), or no descriptor is left (EMFILE, which RLIMIT_NOFILE sets).
+    ///     ValueError: `event` is not an eventfd, is in semaphore mode, or belongs to another route of this process.
+    ///     IrqFdError: `event` is not open (EBADF), or the process has too many open files (EMFILE; raise
+    ///         RLIMIT_NOFILE).
     #[pyo3(signature = (*, event=None))]
     fn new_irqfd_route<'py>(
         slf: &Bound<'py, Self>,
@@ -141,7 +146,7 @@ impl Partition {
             routes.resize_with(slf.get().core.config().gsis.len(), || None);
         }
         let before = routes[index].replace(reference);
-        // Dropping an object may run Python, which must not find the lock held.
+        // Dropping an object may run Python code, which might need the lock.
         drop(routes);
         drop(before);
         Ok(object)
@@ -153,9 +158,9 @@ impl Partition {
     ///     index: 0 to 254.
     ///
     /// Raises:
-    ///     ValueError: out of range, or there already.
+    ///     ValueError: `index` is out of range, or the VP already exists.
     ///     VpError: the kernel refused.
-    ///     io.UnsupportedOperation: the partition was adopted; its VPs are made by whoever made it.
+    ///     io.UnsupportedOperation: the partition was adopted. The VMM that made it makes its VPs.
     fn create_vp(&self, py: Python<'_>, index: &Bound<'_, PyAny>) -> PyResult<()> {
         let range = "VP indexes are 0 to 254";
         let number = index.extract::<i64>().map_err(|error| bad_integer(&error, index, "VP index", range))?;
@@ -169,10 +174,10 @@ impl Partition {
         Batch::of(slf)
     }
 
-    /// What a GSI is used for.
+    /// The state of a GSI, a `GsiState`.
     ///
     /// Raises:
-    ///     ValueError: it is not one of `gsis`.
+    ///     ValueError: `gsi` is not one of `gsis`.
     fn gsi_state<'py>(&self, py: Python<'py>, gsi: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let gsis = &self.core.config().gsis;
         let range = format!("this partition has GSIs {}-{}", gsis.start, gsis.end - 1);
@@ -180,9 +185,9 @@ impl Partition {
         values::gsi_state(py, py.detach(|| self.core.gsi_state(number))?)
     }
 
-    /// Our record of the MSI entries that the kernel holds, by GSI: no kernel can be asked.
+    /// The MSI entries of the last push, in a list ordered by GSI. No kernel can be asked for its table.
     ///
-    /// Entries on which nothing is armed may be among them; the next push takes those out that no route has.
+    /// Some entries may be inert. The next push drops those that no route needs.
     fn routing_table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let table = py.detach(|| self.core.routing_table())?;
         let entries: PyResult<Vec<_>> =
@@ -196,10 +201,10 @@ impl Partition {
         values::partition_stats(py, stats)
     }
 
-    /// Closes the routes and gives up the partition. Closing twice is fine.
+    /// Closes the routes and the partition. Closing twice is fine.
     ///
     /// Raises:
-    ///     IrqFdError: some irqfds could not be disarmed; all is closed all the same.
+    ///     IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.core.close())?)
     }
@@ -235,18 +240,20 @@ impl Partition {
             }
         };
         if !(1..4096).contains(&errno) {
-            return Err(PyValueError::new_err(format!("errno {errno} is no error number; give one of errno's")));
+            return Err(PyValueError::new_err(format!(
+                "errno {errno} is not an error number; give one from the errno module"
+            )));
         }
         let fail = || self.core.simulated().map(|driver| driver.fail(operation, errno, after, times));
         Ok(py.detach(fail)?)
     }
 
-    /// Whether a finalizer has something to warn of: not in a forked child.
+    /// Whether a finalizer should warn. Always false in a forked child.
     fn _is_left_open(&self) -> bool {
         self.core.check_open().is_ok()
     }
 
-    /// What a finalizer does: closes, or in a forked child nothing; the descriptors go with the memory.
+    /// For finalizers: closes. Does nothing in a forked child, where dropping the object closes its descriptors.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.core.abandon())?)
     }
@@ -255,7 +262,7 @@ impl Partition {
         slf
     }
 
-    /// Closes; in a forked child, where close() is refused, does nothing.
+    /// Closes. Does nothing in a forked child, where close() would raise.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         self._abandon(py)

@@ -1,4 +1,4 @@
-//! Bare ioctls for `mshv-irqfd probe`; private to the package.
+//! Bare ioctls for `mshv-irqfd probe`. Private to the package.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use super::errors::{ClosedError, plain_os_error};
 use crate::instruments::probe::{self, Irqfd, RawEntry};
 use crate::irqfd::{Error, Failure};
 
-/// A partition with VP 0, on which ioctls are made bare and no rule is kept; for `mshv-irqfd probe` alone.
+/// A partition with VP 0 that makes bare ioctls and checks nothing. For `mshv-irqfd probe` alone.
 #[pyclass(frozen, module = "mshv_irqfd._core")]
 pub(crate) struct RawPartition(Mutex<Option<std::sync::Arc<probe::RawPartition>>>);
 
@@ -42,13 +42,13 @@ impl RawPartition {
         Ok(Self(Mutex::new(Some(std::sync::Arc::new(made)))))
     }
 
-    /// Pushes a table of (GSI, address, data); raises OSError where the kernel refuses.
+    /// Pushes a table of (GSI, address, data). Raises OSError if the kernel refuses.
     fn set_routing(&self, py: Python<'_>, table: Vec<(u32, u64, u32)>) -> PyResult<()> {
         let partition = self.open(py)?;
         py.detach(|| partition.set_routing(&entries(table))).map_err(|error| plain_os_error(&error))
     }
 
-    /// Assigns or deassigns an irqfd; raises OSError where the kernel refuses.
+    /// Assigns or deassigns an irqfd. Raises OSError if the kernel refuses.
     #[pyo3(signature = (event, gsi, *, deassign=false, resample=None))]
     fn irqfd(
         &self,
@@ -63,14 +63,14 @@ impl RawPartition {
             .map_err(|error| plain_os_error(&error))
     }
 
-    /// Takes the vectors out of KVM's local APIC; None on mshv.
+    /// Takes the vectors from KVM's local APIC; None on mshv.
     fn take_vectors(&self, py: Python<'_>) -> PyResult<Option<Vec<u32>>> {
         let partition = self.open(py)?;
         let taken = py.detach(|| partition.take_vectors()).map_err(|error| plain_os_error(&error))?;
         Ok(taken.map(|vectors| vectors.into_iter().map(u32::from).collect()))
     }
 
-    /// Pushes a table again and again while another thread signals; returns the numbers of pushes and signals.
+    /// Pushes a table repeatedly while another thread signals. Returns the numbers of pushes and signals.
     fn push_while_signalling(
         &self,
         py: Python<'_>,
@@ -92,7 +92,7 @@ impl RawPartition {
         Ok(self.open(py)?.as_raw_fd())
     }
 
-    /// Gives up the partition.
+    /// Closes the partition.
     fn close(&self, py: Python<'_>) {
         let partition = self.0.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(partition));

@@ -25,8 +25,8 @@ impl IrqFdRoute {
     fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<RawFd>) -> PyResult<Self> {
         let core = &partition.get().core;
         let route = match event {
-            // Letting the interpreter go and taking it back costs a tenth of a route, so that is left to when there
-            // is something to wait for.
+            // Detaching from the interpreter takes a tenth of the time of making a route, so this detaches only if it
+            // has to wait.
             None => match core.try_new_route()? {
                 Some(route) => route,
                 None => py.detach(|| core.new_route(None))?,
@@ -36,7 +36,7 @@ impl IrqFdRoute {
         Ok(Self { route, partition: partition.clone().unbind() })
     }
 
-    /// The GSI, an int. Another route may have it once this one is closed.
+    /// The GSI, an int. After this route is closed, another route may have the same GSI.
     #[getter]
     fn gsi(&self) -> u32 {
         self.route.gsi()
@@ -56,16 +56,16 @@ impl IrqFdRoute {
         CLASS.import(slf.py(), "mshv_irqfd.handles", "EventFd")?.call1((slf,))
     }
 
-    /// The descriptor of the eventfd, for `selectors`, asyncio, or whoever signals.
+    /// The descriptor of the eventfd, for `selectors`, asyncio, or a device model that signals.
     ///
-    /// It is readable only while the route is not armed: the kernel empties an armed one before anybody sees it.
+    /// It is readable only while the route is not armed: the kernel empties an armed eventfd first.
     fn fileno(&self) -> PyResult<RawFd> {
         Ok(self.route.fileno()?)
     }
 
-    /// Raises the interrupt now if the route is armed, else leaves the signal pending.
+    /// Raises the interrupt now if the route is armed; otherwise leaves the signal pending.
     ///
-    /// Never waits; a full counter is pending already. Works in a forked child.
+    /// Never waits, even if the counter is full. Works in a forked child.
     ///
     /// Raises:
     ///     ClosedError: the route is closed.
@@ -73,52 +73,54 @@ impl IrqFdRoute {
         self.signal_times(py, 1)
     }
 
-    /// Sets what a signal becomes, and arms the route unless it is masked.
+    /// Sets the MSI that a signal becomes, and arms the route unless it is masked.
     ///
-    /// An MSI set while masked is kept and pushed by `unmask()`. Setting what is set already does nothing.
+    /// An MSI that is set while the route is masked is kept, and `unmask()` pushes it. Setting the same MSI again does
+    /// nothing.
     ///
     /// Args:
-    ///     address: an `MsiRoute`, or the address of an MSI (see there for the rules of both).
-    ///     data: the data of the MSI, unless an `MsiRoute` is given.
+    ///     address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
+    ///     data: the data of the MSI. Omit it with an `MsiRoute`.
     ///
     /// Raises:
-    ///     ValueError, OverflowError, TypeError: this is no MSI; the message names the value and the rule.
+    ///     ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the
+    ///         rule.
     ///     MissingVpError: no VP has the destination's APIC id.
-    ///     RoutingError, IrqFdError: the kernel refused; everything is as it was.
+    ///     RoutingError, IrqFdError: the kernel refused, and everything was rolled back.
     #[pyo3(signature = (address, data=None))]
     fn set_msi(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let msi = msi::from_arguments(address, data)?;
         Ok(py.detach(|| self.route.set_msi(msi))?)
     }
 
-    /// Disarms the route and forgets its MSI. The entry leaves the kernel's table with the next push.
+    /// Disarms the route and forgets its MSI. The next push drops its entry from the kernel's table.
     ///
     /// Raises:
-    ///     IrqFdError: the kernel refused; everything is as it was.
+    ///     IrqFdError: the kernel refused, and nothing changed.
     fn clear_msi(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.route.clear_msi())?)
     }
 
-    /// Disarms the route until `unmask()`, whatever MSI is set meanwhile. Never pushes.
+    /// Disarms the route until `unmask()`, even if an MSI is set meanwhile. Never pushes.
     ///
     /// Raises:
-    ///     IrqFdError: the kernel refused; everything is as it was.
+    ///     IrqFdError: the kernel refused, and nothing changed.
     fn mask(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.route.mask())?)
     }
 
-    /// Ends `mask()`: arms the route if it has an MSI, with one interrupt if anything is pending.
+    /// Ends `mask()`: arms the route if it has an MSI, and raises one interrupt if signals are pending.
     ///
-    /// Pushes only if the MSI changed meanwhile.
+    /// Pushes only if the kernel's entry is not the route's MSI, for instance if the MSI changed meanwhile.
     ///
     /// Raises:
     ///     MissingVpError: no VP has the destination's APIC id.
-    ///     RoutingError, IrqFdError: the kernel refused; everything is as it was.
+    ///     RoutingError, IrqFdError: the kernel refused, and everything was rolled back.
     fn unmask(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.route.unmask())?)
     }
 
-    /// Whether `mask()` is in force.
+    /// Whether the route is masked.
     #[getter]
     fn masked(&self) -> PyResult<bool> {
         Ok(self.route.masked()?)
@@ -130,38 +132,46 @@ impl IrqFdRoute {
         Ok(self.route.armed()?)
     }
 
-    /// The MSI that is set, masked or not; None if none is.
+    /// The GSI where the route is armed, an int: its own, or a spare one whose entry is the same MSI.
+    ///
+    /// None while it is not armed. A kernel's traces name this GSI.
+    #[getter]
+    fn armed_gsi(&self) -> PyResult<Option<u32>> {
+        Ok(self.route.armed_gsi()?)
+    }
+
+    /// The MSI, also while masked; None if none is set.
     #[getter]
     fn msi(&self) -> PyResult<Option<msi::MsiRoute>> {
         Ok(self.route.msi()?.map(msi::MsiRoute))
     }
 
-    /// What the route's GSI is used for now, a `GsiState`.
+    /// The state of the route's GSI, a `GsiState`.
     ///
-    /// `ENABLED` exactly while armed, `DISABLED` while not, `BROKEN` when a failed call could not be undone.
+    /// `ENABLED` while armed, `DISABLED` while not armed, `BROKEN` after a failed rollback.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         values::gsi_state(py, self.route.state()?)
     }
 
-    /// Whether a signal waits for the route to be armed. False while it is armed.
+    /// Whether a signal waits for the route to be armed. Always false while the route is armed.
     #[getter]
     fn pending(&self) -> PyResult<bool> {
         Ok(self.route.pending()?)
     }
 
-    /// Takes what is pending, so that arming will not raise it.
+    /// Takes the pending signals, so that arming raises no interrupt for them.
     ///
     /// Returns:
-    ///     Whether anything was pending. False, without reading, while armed.
+    ///     Whether a signal was pending. Always false while the route is armed.
     fn consume_pending(&self, py: Python<'_>) -> PyResult<bool> {
         Ok(py.detach(|| self.route.consume_pending())?)
     }
 
-    /// Disarms the route, gives its GSI back and closes its descriptor. Never pushes. Closing twice is fine.
+    /// Disarms the route, frees its GSI and closes its descriptor. Never pushes. Closing twice is fine.
     ///
     /// Raises:
-    ///     IrqFdError: the irqfd could not be disarmed; the route is closed all the same and its GSI set aside.
+    ///     IrqFdError: the irqfd could not be disarmed. The route is closed nevertheless, and its GSI is quarantined.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.route.close())?)
     }
@@ -172,17 +182,17 @@ impl IrqFdRoute {
         self.route.is_closed()
     }
 
-    /// Whether a finalizer has something to warn of: not in a forked child.
+    /// Whether a finalizer should warn. Always false in a forked child.
     fn _is_left_open(&self) -> bool {
         !self.route.is_closed() && self.route.partition().check_owner().is_ok()
     }
 
-    /// What a finalizer does: closes, or in a forked child gives up the descriptor and nothing else.
+    /// For finalizers: closes. In a forked child closes only the descriptor.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.route.abandon())?)
     }
 
-    /// For the garbage collector: an object of a subclass may refer back to this one.
+    /// For the garbage collector: an instance of a subclass may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.partition)
     }
@@ -191,7 +201,7 @@ impl IrqFdRoute {
         slf
     }
 
-    /// Closes; in a forked child, where close() is refused, only gives up the descriptor.
+    /// Closes. In a forked child, where close() would raise, closes only the descriptor.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         self._abandon(py)
@@ -208,8 +218,10 @@ impl IrqFdRoute {
             irqfd::GsiState::Broken => "BROKEN",
             _ => "DISABLED",
         };
+        let elsewhere = self.route.armed_gsi().ok().flatten().filter(|at| *at != gsi);
         format!(
-            "<IrqFdRoute gsi={gsi} {state}{} {}{}>",
+            "<IrqFdRoute gsi={gsi} {state}{}{} {}{}>",
+            elsewhere.map_or_else(String::new, |at| format!(" at GSI {at}")),
             if masked { " masked" } else { "" },
             msi.map_or_else(|| "no MSI".into(), msi::describe),
             if self.route.pending().unwrap_or(false) { " pending" } else { "" },

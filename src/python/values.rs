@@ -1,4 +1,4 @@
-//! Values that are plain Python: the enumerations and named tuples of `mshv_irqfd.values`.
+//! Conversions to the enumerations and named tuples of `mshv_irqfd.values`.
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -12,7 +12,7 @@ const MODULE: &str = "mshv_irqfd.values";
 
 pub(super) fn gsi_state(py: Python<'_>, state: GsiState) -> PyResult<Bound<'_, PyAny>> {
     static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    // The interpreter's cache of attributes keeps every name that it is asked for, so each must be one string.
+    // The interpreter's attribute cache keeps every name that it is given, so each name is interned: one object.
     let name = match state {
         GsiState::Unallocated => intern!(py, "UNALLOCATED"),
         GsiState::Disabled => intern!(py, "DISABLED"),
@@ -53,5 +53,8 @@ pub(super) fn partition_stats(py: Python<'_>, stats: PartitionStats) -> PyResult
         stats.arms,
         stats.disarms,
         stats.failures,
+        stats.hits,
+        stats.misses,
+        stats.entries_loaded,
     ))
 }

@@ -55,7 +55,7 @@ def test_a_failed_arming_names_the_gsi_too(simulated: SimulatedGuest) -> None:
     ("number", "words"),
     [
         (errno.EMFILE, "RLIMIT_NOFILE"),
-        (errno.EBUSY, "eventfd is armed"),
+        (errno.EBUSY, "eventfd is already armed"),
         (errno.EINVAL, "eventfd"),
         (errno.EBADF, "closed"),
     ],

@@ -185,7 +185,7 @@ def test_a_node_of_another_kind_is_unavailable_with_a_hint(
     assert open_files() == before
     assert failed.value.hint is not None
     if kind in {"null", "file"}:
-        assert "no device of" in failed.value.hint
+        assert "not a device of" in failed.value.hint
     os.close(event)
     listener.close()
     still_works(simulated)

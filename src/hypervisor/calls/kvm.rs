@@ -24,7 +24,7 @@ pub type Entry = kvm_irq_routing_entry;
 /// The entries that KVM makes for an irqchip (arch/x86/kvm/irq.c, `default_routing`).
 pub fn pins() -> Vec<Entry> {
     let pin = |gsi, irqchip, pin| {
-        // All 32 bytes of the union go to the kernel, so all are set.
+        // The kernel reads all 32 bytes of the union, so all are initialized.
         let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
         u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
         Entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, u, ..Default::default() }
@@ -41,7 +41,7 @@ pub fn pins() -> Vec<Entry> {
         .collect()
 }
 
-/// An MSI entry. KVM takes an address of 64 bits, though no x86 MSI has one.
+/// An MSI entry. KVM's entries have room for a 64-bit address, although x86 MSIs have none.
 pub fn entry(gsi: u32, address: u64, data: u32) -> Entry {
     let mut u = kvm_irq_routing_entry__bindgen_ty_1 { pad: [0; 8] };
     let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);

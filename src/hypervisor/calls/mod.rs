@@ -1,11 +1,11 @@
-//! The ioctls for irqfds and routing tables, one thin layer a kernel: argument in, `io::Result` out, no state.
+//! The ioctls for irqfds and routing tables: one thin layer per kernel, without state, that returns `io::Result`.
 
 pub mod kvm;
 pub mod mshv;
 
 use std::os::fd::RawFd;
 
-/// The argument of either kernel's irqfd ioctl, right or wrong.
+/// The argument of either kernel's irqfd ioctl, valid or not.
 #[derive(Clone, Copy, Debug)]
 pub struct Irqfd {
     pub event: RawFd,
@@ -23,7 +23,7 @@ impl Irqfd {
         Self { deassign: true, ..Self::assign(event, gsi) }
     }
 
-    /// The flags word, from the bits that a kernel gives to each flag.
+    /// The flags word, from each flag's bit in a kernel's interface.
     fn flags(&self, deassign: u32, resample: u32) -> u32 {
         let flag = |condition, bit| if condition { bit } else { 0 };
         flag(self.deassign, deassign) | flag(self.resample.is_some(), resample)

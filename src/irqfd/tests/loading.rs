@@ -214,8 +214,8 @@ fn spare_gsis_that_are_in_other_use_or_too_many_are_refused() {
     for (gsis, spares, words) in [
         (24..32, 31..40, "spare range(31, 40) overlaps gsis range(24, 32)"),
         (24..32, 2999..3001, "spare range(2999, 3001) has GSI 3000"),
-        (24..32, 4000..4097, "spare range(4000, 4097) leaves 0-4095"),
-        (0..2, 2..4096, "4094 spare GSIs and 2 of gsis are more than the 4095 entries"),
+        (24..32, 4000..4097, "spare range(4000, 4097) goes outside 0-4095"),
+        (0..2, 2..4096, "4094 spare GSIs and 2 of gsis exceed the 4095 entries"),
     ] {
         let refused = make(gsis, spares, Backend::Mshv).unwrap_err();
         assert!(refused.contains(words), "{refused}");

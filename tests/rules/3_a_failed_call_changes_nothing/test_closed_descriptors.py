@@ -98,5 +98,5 @@ print(partition.closed, route.closed, other.closed)
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("True")
-    assert "descriptor was closed by somebody else" in lines[0]
+    assert "descriptor was closed by other code" in lines[0]
     assert lines[1:] == (["True"] if armed else []) + ["True True True"]

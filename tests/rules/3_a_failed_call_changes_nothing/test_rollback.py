@@ -395,7 +395,7 @@ def test_unmask_arms_a_route_that_is_waiting_to_be_rearmed(
         route.set_msi(msi(0x41 + number))
     faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
     faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM, after=k)
-    with pytest.raises(RoutingError, match="not armed again") as failed:
+    with pytest.raises(RoutingError, match="waiting to be re-armed") as failed:
         faults.run(partial(routes[0].set_msi, msi(0x51)))
     [waiting] = [route for route in routes if not route.armed]
     assert str(waiting.gsi) in str(failed.value)

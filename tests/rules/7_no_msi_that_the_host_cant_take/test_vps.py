@@ -107,7 +107,7 @@ def test_the_check_can_be_turned_off(open_simulated: Open) -> None:
 @pytest.mark.parametrize(
     ("index", "error", "words"),
     [
-        (0, ValueError, "0 is there already"),
+        (0, ValueError, "0 already exists"),
         (255, ValueError, "0 to 254"),
         (256, ValueError, "0 to 254"),
         (-1, ValueError, "0 to 254"),
