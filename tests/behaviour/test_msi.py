@@ -53,7 +53,7 @@ def test_an_msi_can_not_be_changed() -> None:
         Interrupt(0x41, 1, DeliveryMode.FIXED, logical=False, level=True),
         Interrupt(0x41),
         RoutingEntry(24, 0xFEE00000, 0x41),
-        PartitionStats(1, 2, 3, 4, 5, 6),
+        PartitionStats(1, 2, 3, 4, 5, 6, 7, 8, 9),
     ],
     ids=lambda value: type(value).__name__,
 )

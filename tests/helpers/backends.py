@@ -144,7 +144,7 @@ class KvmGuest(Guest):
         for route in self.partition.routes:
             if route.armed:
                 for flags in (KVM_IRQFD_FLAG_DEASSIGN, 0):
-                    fcntl.ioctl(vm, KVM_IRQFD, struct.pack("IIII16x", route.fileno(), route.gsi, flags, 0))
+                    fcntl.ioctl(vm, KVM_IRQFD, struct.pack("IIII16x", route.fileno(), route.armed_gsi, flags, 0))
         vps = self.partition.vps
         if not vps:
             return []
