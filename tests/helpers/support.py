@@ -211,8 +211,9 @@ def collect() -> None:
 
 def places(partition: Partition, routes: list[IrqFdRoute]) -> dict[int, MsiRoute | None]:
     """The message that the kernel's table has where each armed route is armed, by the route's own GSI."""
-    table = messages(partition)
-    return {route.gsi: table.get(route.armed_gsi) for route in routes if route.armed_gsi is not None}
+    table = {entry.gsi: entry for entry in partition.routing_table()}
+    at = {route.gsi: table.get(route.armed_gsi or 0) for route in routes if route.armed}
+    return {gsi: MsiRoute(entry.address, entry.data) if entry else None for gsi, entry in at.items()}
 
 
 def messages(partition: Partition) -> dict[int, MsiRoute]:
