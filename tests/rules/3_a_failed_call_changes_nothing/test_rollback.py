@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from faults import CALLS, Call, Faults, tried
+from modes import in_both_modes
 from mshv_irqfd import (
     ClosedError,
     GsiState,
@@ -22,7 +23,7 @@ from mshv_irqfd import (
     RouteBrokenError,
     RoutingError,
 )
-from support import MANY, msi, places, rare, unique, until
+from support import MANY, counting, msi, places, rare, unique, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -362,7 +363,7 @@ def check_that_the_broken_refuse(broken: list[IrqFdRoute]) -> None:
 
 
 def let_all_faults_strike(it: Setting) -> set[int]:
-    """Uses up the faults that are left, on new routes with messages that only a push brings. Returns the GSIs of those that it broke."""
+    """Uses up the faults that are left, on new routes and messages. Returns the GSIs of the routes that it broke."""
     broken: set[int] = set()
     clean = 0
     numbers = cycle(range(0x100))
@@ -396,8 +397,11 @@ def check_that_all_but(gone: set[int], it: Setting) -> None:
         route.close()
 
 
-def test_a_route_that_a_rollback_can_not_disarm_is_broken(open_guest: Callable[..., Guest], faults: Faults) -> None:
-    guest = open_guest(quiesce=False)
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_route_that_a_rollback_can_not_disarm_is_broken(
+    open_guest: Callable[..., Guest], faults: Faults, preload: bool
+) -> None:
+    guest = open_guest(quiesce=False, preload=preload)
     first, second, other = (guest.partition.new_irqfd_route() for _ in range(3))
     other.set_msi(msi(0x43))
     faults.fail(guest.partition, "assign_irqfd", errno.EMFILE, after=1)
@@ -427,7 +431,7 @@ def test_a_route_that_a_rollback_can_not_disarm_is_broken(open_guest: Callable[.
 def test_a_route_left_armed_on_a_stale_entry_is_broken_and_disarmed(
     open_guest: Callable[..., Guest], faults: Faults
 ) -> None:
-    guest = open_guest(quiesce=False)
+    guest = open_guest(quiesce=False, preload=False)
     moved, new = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     moved.set_msi(msi(0x41))
     faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM)
@@ -447,11 +451,65 @@ def test_a_route_left_armed_on_a_stale_entry_is_broken_and_disarmed(
     new.close()
 
 
+def test_a_move_that_fails_ends_where_it_began(loaded: Guest, faults: Faults) -> None:
+    routes = [loaded.partition.new_irqfd_route() for _ in range(3)]
+    for number, route in enumerate(routes):
+        route.set_msi(msi(0x41 + number))
+    for route, vector in zip(routes, (0x51, 0x52, 0x53), strict=True):
+        before, table = (route.armed_gsi, route.msi), loaded.partition.routing_table()
+        faults.fail(loaded.partition, "assign_irqfd", errno.ENOMEM)
+        with counting(loaded.partition) as delta, pytest.raises(IrqFdError) as failed:
+            faults.run(partial(route.set_msi, msi(vector)))
+        assert (failed.value.errno, failed.value.gsi) == (errno.ENOMEM, route.gsi)
+        assert (route.armed_gsi, route.msi) == before
+        assert loaded.partition.routing_table() == table
+        assert (delta.stats.pushes, delta.stats.disarms, delta.stats.arms) == (0, 1, 1)
+        assert delta.stats.hits == 0
+        route.signal()
+        assert route.msi is not None
+        loaded.receives(route.msi)
+        route.close()
+
+
+def test_a_move_that_can_not_disarm_changes_nothing(loaded: Guest, faults: Faults) -> None:
+    with loaded.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        faults.fail(loaded.partition, "deassign_irqfd", errno.EIO)
+        with pytest.raises(IrqFdError):
+            faults.run(partial(route.set_msi, msi(0x51)))
+        assert (route.armed_gsi, route.msi) == (route.gsi, msi(0x41))
+        route.signal()
+        loaded.receives(msi(0x41))
+
+
+def test_a_route_whose_move_can_not_be_undone_waits_to_be_rearmed_where_it_was(loaded: Guest, faults: Faults) -> None:
+    route, other = loaded.partition.new_irqfd_route(), loaded.partition.new_irqfd_route()
+    other.set_msi(msi(0x41))
+    route.set_msi(msi(0x42))
+    place = route.armed_gsi
+    assert place != route.gsi
+    faults.fail(loaded.partition, "assign_irqfd", errno.ENOMEM, times=2)
+    with pytest.raises(IrqFdError, match=f"waiting to be re-armed.*GSI {route.gsi}"):
+        faults.run(partial(route.set_msi, msi(0x52)))
+    assert (route.armed, route.armed_gsi, route.msi) == (False, None, msi(0x42))
+    route.signal()
+    loaded.receives_nothing()
+    # A move of another route makes no push, and so does not try again.
+    other.set_msi(msi(0x53))
+    assert not route.armed
+    with counting(loaded.partition) as delta:
+        route.unmask()
+    assert (route.armed_gsi, delta.stats.pushes) == (place, 0)
+    loaded.receives(msi(0x42))
+    route.close()
+    other.close()
+
+
 @pytest.mark.parametrize("k", range(4))
 def test_unmask_arms_a_route_that_is_waiting_to_be_rearmed(
     open_guest: Callable[..., Guest], faults: Faults, k: int
 ) -> None:
-    guest = open_guest(quiesce=True)
+    guest = open_guest(quiesce=True, preload=False)
     routes = [guest.partition.new_irqfd_route() for _ in range(4)]
     for number, route in enumerate(routes):
         route.set_msi(msi(0x41 + number))
@@ -470,37 +528,41 @@ def test_unmask_arms_a_route_that_is_waiting_to_be_rearmed(
         route.close()
 
 
+@pytest.mark.parametrize("preload", [False, True])
 def test_the_next_push_arms_a_route_that_is_waiting_to_be_rearmed(
-    open_guest: Callable[..., Guest], faults: Faults
+    open_guest: Callable[..., Guest], faults: Faults, preload: bool
 ) -> None:
-    guest = open_guest(quiesce=True)
+    guest = open_guest(quiesce=True, preload=preload)
     first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     first.set_msi(msi(0x41))
     faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
     faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM)
     with pytest.raises(RoutingError):
-        faults.run(partial(second.set_msi, msi(0x42)))
+        faults.run(partial(second.set_msi, rare(0x42)))
     assert not first.armed
     first.signal()
-    second.set_msi(msi(0x42))
+    second.set_msi(rare(0x42))
     assert first.armed
     guest.receives(msi(0x41))
     first.close()
     second.close()
 
 
+@in_both_modes
 def test_a_failed_push_leaves_the_old_msi_armed(guest: Guest, faults: Faults) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         table = guest.partition.routing_table()
         faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
         with pytest.raises(RoutingError):
-            faults.run(partial(route.set_msi, msi(0x42)))
+            faults.run(partial(route.set_msi, rare(0x42)))
         assert (route.msi, route.armed, guest.partition.routing_table()) == (msi(0x41), True, table)
+        assert route.armed_gsi == route.gsi
         route.signal()
         guest.receives(msi(0x41))
 
 
+@in_both_modes
 def test_a_failed_mask_leaves_the_route_armed_and_unmasked(guest: Guest, faults: Faults) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
@@ -512,6 +574,7 @@ def test_a_failed_mask_leaves_the_route_armed_and_unmasked(guest: Guest, faults:
         guest.receives(msi(0x41))
 
 
+@in_both_modes
 def test_a_failed_unmask_leaves_the_signal_pending(guest: Guest, faults: Faults) -> None:
     with guest.partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
@@ -526,6 +589,7 @@ def test_a_failed_unmask_leaves_the_signal_pending(guest: Guest, faults: Faults)
         guest.receives(msi(0x41))
 
 
+@in_both_modes
 def test_a_failed_batch_disarms_the_routes_that_it_armed(guest: Guest, faults: Faults) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(2)]
     faults.fail(guest.partition, "assign_irqfd", errno.EIO, after=1)
@@ -543,6 +607,7 @@ def test_a_failed_batch_disarms_the_routes_that_it_armed(guest: Guest, faults: F
         route.close()
 
 
+@in_both_modes
 def test_a_failed_batch_forgets_its_changes(guest: Guest, faults: Faults) -> None:
     first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     faults.fail(guest.partition, "set_msi_routing", errno.ENOMEM)
@@ -558,6 +623,7 @@ def test_a_failed_batch_forgets_its_changes(guest: Guest, faults: Faults) -> Non
     second.close()
 
 
+@in_both_modes
 def test_a_route_that_can_not_be_disarmed_still_closes_and_its_gsi_is_quarantined(guest: Guest, faults: Faults) -> None:
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
@@ -623,6 +689,7 @@ def test_closing_a_partition_retries_a_disarm_that_failed_when_a_route_closed(ba
     assert (partition.stats().disarms, partition.stats().failures) == (1, 1)
 
 
+@in_both_modes
 def test_closing_never_pushes_or_arms_even_if_calls_fail(guest: Guest, faults: Faults) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(3)]
     for number, route in enumerate(routes):
