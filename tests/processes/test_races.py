@@ -117,12 +117,13 @@ def check(guest: Guest, *routes: IrqFdRoute) -> None:
 @pytest.mark.parametrize("on", ["one-route", "two-routes"])
 @pytest.mark.parametrize("state", ["armed", "masked"])
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [pytest.param(*pair, id="+".join(pair)) for pair in combinations_with_replacement(OPERATIONS, 2)],
+    "pair",
+    [pytest.param(pair, id="+".join(pair)) for pair in combinations_with_replacement(OPERATIONS, 2)],
 )
 def test_two_operations_at_once_end_as_if_one_came_after_the_other(
-    backend: Backend, open_guest: Callable[..., Guest], on: str, state: str, first: str, second: str
+    backend: Backend, open_guest: Callable[..., Guest], on: str, state: str, pair: tuple[str, str]
 ) -> None:
+    first, second = pair
     closing = "close-partition" in (first, second)
     guests: dict[Mode, Guest] = {}
     # In turn a new message is a push, or moves the route.
