@@ -396,7 +396,7 @@ def lowest_free(asked: Asked) -> Iterable[Msi]:
 def next_free(asked: Asked) -> Iterable[Msi]:
     """The same, but later those that the guest passed over: no route ever had them, one had a higher vector.
 
-    Such a vector is somebody else's, or reserved for a managed interrupt that is on another CPU as long as that is there.
+    Such a vector is somebody else's, or reserved for a managed interrupt that is on another CPU while that is online.
     """
     ranked: list[tuple[int, int, Msi]] = []
     for vp in asked.vps:
