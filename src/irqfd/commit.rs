@@ -10,11 +10,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::config::Config;
-use super::entries::{Entries, Worth};
+use super::entries::Entries;
 use super::error::Failure;
 use super::gsi::{GsiAllocator, GsiState};
 use super::msi::MsiRoute;
-use super::preload::{self, Shape};
+use super::preload::Habits;
 use super::shared::{Intent, Route};
 use super::stats::PartitionStats;
 use super::vps::VpSet;
@@ -40,8 +40,7 @@ pub(super) struct State {
     armed: Vec<u16>,
     /// The slots that wait to be re-armed, because a rollback could not arm them again.
     waiting: Vec<u16>,
-    /// The shapes of the messages that missed, the latest first.
-    shapes: Vec<Shape>,
+    habits: Habits,
     /// Whether the next push takes entries along: not after one that the kernel refused.
     loads: bool,
 }
@@ -129,7 +128,7 @@ impl State {
             entries_per_move: if config.quiesce { 0 } else { config.entries_per_move },
             armed: Vec::with_capacity(size),
             waiting: Vec::new(),
-            shapes: Vec::new(),
+            habits: Habits::default(),
             loads: true,
         }
     }
@@ -265,6 +264,9 @@ impl State {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
             change.before = Before { wanted: slot.wanted, place: slot.place(), own: self.entries.image(own) };
             change.place = if change.drop_entry { own } else { slot.place() };
+            if let Some(msi) = change.wanted {
+                self.habits.note(msi);
+            }
             let Some(msi) = change.wanted.filter(|msi| self.entries.kernel(change.place) != Some(*msi)) else {
                 continue;
             };
@@ -315,7 +317,7 @@ impl State {
             let in_place = self.entries_per_move > 0 && slot.place() == own;
             change.place = own;
             if self.entries.image(own).is_some() && !in_place {
-                let spare = planned.get(&msi).copied().or_else(|| replaceable.next().map(|(_, gsi)| gsi));
+                let spare = planned.get(&msi).copied().or_else(|| replaceable.next());
                 change.place = spare.unwrap_or(own);
             }
             if change.place != own && planned.insert(msi, change.place).is_none() {
@@ -330,46 +332,30 @@ impl State {
     fn load(
         &mut self,
         changes: &[Change],
-        replaceable: impl Iterator<Item = (Worth, u32)>,
+        replaceable: impl Iterator<Item = u32>,
         planned: &HashMap<RawMsi, u32>,
     ) -> u64 {
         if self.gsis.taken() <= self.entries_per_move {
             // Pushing a small table is cheaper than moving an irqfd, so the table is kept small.
-            replaceable.for_each(|(_, gsi)| self.put(gsi, None));
+            replaceable.for_each(|gsi| self.put(gsi, None));
             return 0;
         }
-        let mut free: Vec<_> = replaceable.take_while(|(worth, _)| *worth <= Worth::NeverUsed).collect();
         if !self.loads || self.entries.spares() == 0 {
             return 0;
         }
-        let missed = changes.iter().filter(|change| change.pushed).filter_map(|change| change.wanted);
-        for shape in missed.filter_map(Shape::of) {
-            preload::note(&mut self.shapes, shape);
-        }
-        let in_use: Vec<_> = self
-            .slots
-            .iter()
-            .filter_map(|slot| slot.wanted)
-            .chain(changes.iter().filter_map(|change| change.wanted))
-            .collect();
-        let likely = preload::likely(&self.shapes, &in_use, self.vps.as_ref(), self.entries.spares());
-        // Those that are there already keep their places.
-        let mut wanted = Vec::new();
-        let mut there = HashSet::new();
-        for msi in likely {
-            match self.entries.spare_of(msi) {
-                Some(gsi) => drop(there.insert(gsi)),
-                None if planned.contains_key(&msi) => {}
-                None => wanted.push(msi),
-            }
-        }
-        free.retain(|(_, gsi)| !there.contains(gsi));
-        let mut loaded = 0;
-        for (msi, (_, gsi)) in wanted.into_iter().zip(free) {
-            self.put(gsi, Some(msi));
-            loaded += 1;
-        }
-        loaded
+        let now = self.slots.iter().filter_map(|slot| slot.wanted);
+        let in_use: Vec<_> = now.chain(changes.iter().filter_map(|change| change.wanted)).collect();
+        let likely = self.habits.likely(&in_use, self.vps.as_ref(), self.entries.spares());
+        let mut free: Vec<_> = replaceable.collect();
+        // A message that is there already keeps its place.
+        let missing = |msi: &RawMsi| !planned.contains_key(msi) && !self.entries.has_a_place(*msi);
+        let likely: Vec<_> = likely.into_iter().filter(missing).take(free.len()).collect();
+        let there: HashSet<_> = likely.iter().filter_map(|msi| self.entries.spare_of(*msi)).collect();
+        free.retain(|gsi| !there.contains(gsi));
+        let absent = likely.into_iter().filter(|msi| self.entries.spare_of(*msi).is_none());
+        let loaded: Vec<_> = absent.zip(free).collect();
+        loaded.iter().for_each(|(msi, gsi)| self.put(*gsi, Some(*msi)));
+        loaded.len() as u64
     }
 
     /// Holds the place of a change beside the one that its slot has until the commit is over.

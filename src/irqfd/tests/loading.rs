@@ -99,28 +99,29 @@ fn a_message_without_a_vector_of_its_own_loads_nothing() {
     assert_eq!(recorder.taken(), [Push(vec![(24, 0)]), Assign(24)]);
 }
 
+/// One of many NMIs, after which nothing is likely: what a push replaces is only what it must.
+fn nmi(number: u8) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000, 0x400 | u64::from(number)).unwrap()
+}
+
 #[test]
 fn the_least_recently_used_entry_is_replaced_and_never_one_that_a_route_has_its_place_at() {
-    let (partition, recorder, routes) = armed(FEW, 4);
+    let (partition, recorder) = partition_of(FEW);
+    let routes: Vec<_> = (0..4).map(|_| partition.new_route(None).unwrap()).collect();
+    routes.iter().zip(1..).for_each(|(route, number)| route.set_msi(nmi(number)).unwrap());
     // Four routes and three spare GSIs: each new message takes a spare one, as long as there is one without a route.
-    for (route, vector) in routes.iter().zip([0x61, 0x62, 0x63]) {
-        route.set_msi(msi(vector)).unwrap();
-    }
+    routes[..3].iter().zip(11..).for_each(|(route, number)| route.set_msi(nmi(number)).unwrap());
     let spare = |route: &IrqFdRoute| route.armed_gsi().unwrap().filter(|gsi| *gsi >= 2000);
     assert_eq!(routes.iter().filter_map(spare).collect::<BTreeSet<_>>(), (2000..2003).collect());
-    // The fourth finds none, and has its own entry changed.
-    routes[3].set_msi(msi(0x64)).unwrap();
+    // The fourth finds none, and its own entry changes.
+    routes[3].set_msi(nmi(14)).unwrap();
     assert_eq!(routes[3].armed_gsi().unwrap(), Some(27));
-    // Routes 1 and then 0 go back to their own messages. Their spare entries stay, and the older use is replaced first.
-    routes[1].set_msi(msi(0x42)).unwrap();
-    routes[0].set_msi(msi(0x41)).unwrap();
-    recorder.taken();
-    let (older, newer) = (msi(0x62).raw(), msi(0x61).raw());
-    routes[3].set_msi(msi(0x65)).unwrap();
-    let kernel = recorder.kernel();
-    let there: Vec<_> = kernel.table.range(2000..).map(|(_, msi)| *msi).collect();
-    assert!(!there.contains(&older) && there.contains(&newer), "{there:?}");
-    drop(kernel);
+    // Routes 1 and then 0 go back to their own messages. Their spare entries stay until a miss replaces the older one.
+    routes[1].set_msi(nmi(2)).unwrap();
+    routes[0].set_msi(nmi(1)).unwrap();
+    routes[3].set_msi(nmi(15)).unwrap();
+    let there: Vec<_> = recorder.kernel().table.range(2000..).map(|(_, msi)| *msi).collect();
+    assert!(!there.contains(&nmi(12).raw()) && there.contains(&nmi(11).raw()), "{there:?}");
     check_rules(&partition, &recorder, &routes, "an entry was replaced");
 }
 
