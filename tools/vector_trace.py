@@ -570,27 +570,32 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def drive(arguments: argparse.Namespace) -> None:
-    """Gives the changes to the routes of a partition, and prints how many pushes a change took."""
+    """Sets the messages on the routes of partitions, and prints how many the kernel's table had already."""
     import mshv_irqfd  # noqa: PLC0415 -- the model alone needs nothing
 
-    sys.stdout.write("| VPs | routes | changes, first minute | pushes | changes later | pushes | a change |\n")
-    sys.stdout.write("|---|---|---|---|---|---|---|\n")
+    sys.stdout.write(
+        "| VPs | routes | changes | hits, first minute | hits, later | pushes a guest |\n|---|---|---|---|---|---|\n"
+    )
     for vps, count in sizes(arguments.vps, arguments.routes):
-        with mshv_irqfd.open_partition(arguments.partition, vps=vps) as partition:
-            routes = [partition.new_irqfd_route() for _ in range(count)]
-            changes: Counter[bool] = Counter()
-            pushes: Counter[bool] = Counter()
-            for event in guest(vps, count, until=60 * arguments.minutes):
-                before = partition.stats().pushes
-                if event.msi is None:
-                    routes[event.route].clear_msi()
-                else:
+        counts: Counter[tuple[bool, str]] = Counter()
+        for seed in range(arguments.seeds):
+            with mshv_irqfd.open_partition(arguments.partition, vps=vps) as partition:
+                routes = [partition.new_irqfd_route() for _ in range(count)]
+                for event in guest(vps, count, until=60 * arguments.minutes, seed=seed):
+                    before = partition.stats()
+                    if event.msi is None:
+                        routes[event.route].clear_msi()
+                        continue
                     routes[event.route].set_msi(*event.msi)
-                    changes[event.time < BOOT] += 1
-                pushes[event.time < BOOT] += partition.stats().pushes - before
-        rate = pushes[False] / changes[False] if changes[False] else 0.0
-        row = (vps, count, changes[True], pushes[True], changes[False], pushes[False], f"{rate:.4f}")
-        sys.stdout.write(f"| {' | '.join(map(str, row))} |\n")
+                    after = partition.stats()
+                    boot = event.time < BOOT
+                    counts[boot, "hits"] += after.hits - before.hits
+                    counts[boot, "all"] += after.hits - before.hits + after.misses - before.misses
+                counts[False, "pushes"] += partition.stats().pushes
+        first, then = (Rates.text(counts[boot, "hits"], counts[boot, "all"]) for boot in (True, False))
+        changes = counts[True, "all"] + counts[False, "all"]
+        pushes = counts[False, "pushes"] / arguments.seeds
+        sys.stdout.write(f"| {vps} | {count} | {changes} | {first} | {then} | {pushes:.1f} |\n")
         sys.stdout.flush()
 
 
@@ -602,9 +607,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of the guest's time")
     parser.add_argument("--seeds", type=int, default=3, help="how many guests of each size")
     parser.add_argument("--policy", nargs="+", choices=CHOICES, default=["next-free, at home if crowded"])
-    parser.add_argument(
-        "--partition", metavar="BACKEND", help="drive a partition of this backend instead, with the first seed"
-    )
+    parser.add_argument("--partition", metavar="BACKEND", help="drive routes of a partition of this backend instead")
     arguments = parser.parse_args()
     (drive if arguments.partition else compare)(arguments)
 
