@@ -191,11 +191,15 @@ impl Entries {
         self.spare_of(msi).is_some_and(|gsi| self.entries[gsi as usize].routes > 0)
     }
 
+    /// Whether no route has its place at a spare GSI.
+    pub(super) fn is_replaceable(&self, gsi: u32) -> bool {
+        self.entries[gsi as usize].routes == 0
+    }
+
     /// The spare GSIs whose entry may be replaced: the empty ones, those that no route has used since they were loaded,
     /// then the least recently used.
     pub(super) fn replaceable(&self) -> Vec<u32> {
-        let mut found: Vec<_> =
-            self.spares.iter().filter(|gsi| self.entries[usize::from(**gsi)].routes == 0).collect();
+        let mut found: Vec<_> = self.spares.iter().filter(|gsi| self.is_replaceable(u32::from(**gsi))).collect();
         found.sort_by_key(|gsi| {
             let entry = &self.entries[usize::from(**gsi)];
             (entry.image != Cell::EMPTY, entry.used)
