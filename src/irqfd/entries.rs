@@ -212,4 +212,42 @@ impl Entries {
     pub(super) fn dirty_len(&self) -> usize {
         self.dirty.len()
     }
+
+    /// The image, by GSI.
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn image_table(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
+        self.entries.iter().enumerate().filter_map(|(gsi, entry)| Some((gsi as u32, entry.image.get()?)))
+    }
+
+    /// Shows that the counts and the maps agree with the entries. Between two commits `places` are the places of all
+    /// routes.
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn check(&self, places: impl IntoIterator<Item = u32>) {
+        let mut routes = HashMap::new();
+        places.into_iter().for_each(|place| *routes.entry(place).or_insert(0) += 1);
+        let mut dirty = self.dirty.clone();
+        dirty.sort_unstable();
+        let marked = (0..).zip(&self.entries).filter(|(_, entry)| entry.is_dirty).map(|(gsi, _)| gsi);
+        assert_eq!(dirty, marked.collect::<Vec<u16>>(), "the dirty entries, each once");
+        let mut loaded = 0;
+        for (gsi, entry) in (0..).zip(&self.entries) {
+            assert!(entry.is_dirty || entry.image == entry.kernel, "GSI {gsi} differs and is not dirty");
+            if !entry.is_spare {
+                continue;
+            }
+            assert_eq!(entry.image, entry.kernel, "spare GSI {gsi} differs between commits");
+            let count = routes.get(&gsi).copied().unwrap_or(0);
+            assert_eq!(entry.routes, count, "the routes that have their place at GSI {gsi}");
+            if let Some(msi) = entry.kernel.get() {
+                loaded += 1;
+                assert_eq!(self.spare_of(msi), Some(gsi), "the spare GSI of {msi:?}");
+            } else {
+                assert_eq!(count, 0, "a route has its place at GSI {gsi}, which has no entry");
+            }
+        }
+        assert_eq!(self.loaded.len(), loaded, "each loaded message is at a spare GSI");
+        assert_eq!(self.len, self.entries.iter().filter(|entry| entry.image != Cell::EMPTY).count());
+    }
 }
