@@ -101,6 +101,11 @@ impl Entries {
         self.loaded.get(&msi).map(|gsi| u32::from(*gsi))
     }
 
+    /// The spare GSI of a message, if the image has not another message there by now.
+    pub(super) fn kept_spare_of(&self, msi: RawMsi) -> Option<u32> {
+        self.spare_of(msi).filter(|gsi| self.image(*gsi) == Some(msi))
+    }
+
     /// Changes the image. Makes no call.
     pub(super) fn put(
         &mut self,
@@ -188,7 +193,7 @@ impl Entries {
 
     /// Whether a route has its place at the spare GSI of a message.
     pub(super) fn has_a_place(&self, msi: RawMsi) -> bool {
-        self.spare_of(msi).is_some_and(|gsi| self.entries[gsi as usize].routes > 0)
+        self.kept_spare_of(msi).is_some_and(|gsi| self.entries[gsi as usize].routes > 0)
     }
 
     /// Whether no route has its place at a spare GSI.

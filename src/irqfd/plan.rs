@@ -155,12 +155,12 @@ impl State {
             left.dedup();
             free.extend(left.into_iter().filter(|gsi| self.entries.is_replaceable(*gsi)));
         }
-        // A message that is there already keeps its place.
+        // A message that is there already keeps its place, unless a change has just been given it.
         let missing = |msi: &RawMsi| !planned.contains_key(msi) && !self.entries.has_a_place(*msi);
         let likely: Vec<_> = likely.into_iter().filter(missing).take(free.len()).collect();
-        let there: HashSet<_> = likely.iter().filter_map(|msi| self.entries.spare_of(*msi)).collect();
+        let there: HashSet<_> = likely.iter().filter_map(|msi| self.entries.kept_spare_of(*msi)).collect();
         free.retain(|gsi| !there.contains(gsi));
-        let absent = likely.into_iter().filter(|msi| self.entries.spare_of(*msi).is_none());
+        let absent = likely.into_iter().filter(|msi| self.entries.kept_spare_of(*msi).is_none());
         let loaded: Vec<_> = absent.zip(free).collect();
         loaded.iter().for_each(|(msi, gsi)| self.put(*gsi, Some(*msi)));
         plan.loaded = loaded.len() as u64;

@@ -1,5 +1,7 @@
 //! The kernel's table as a cache: places of messages, pushes that load, and entries that are replaced.
 
+use super::super::plan::Change;
+use super::super::shared::Intent;
 use super::*;
 
 const LOADED: Setup = SETUPS[2];
@@ -252,4 +254,51 @@ fn a_push_that_fails_brings_nobody_home() {
     recorder.fail([]);
     routes[2].set_msi(msi(0x70)).unwrap();
     check_rules(&partition, &recorder, &routes, "after the next push");
+}
+
+#[test]
+fn a_route_that_breaks_while_its_change_waits_for_the_partition_is_refused() {
+    for setup in [LOADED, FEW] {
+        let (partition, recorder, routes) = armed(setup, 3);
+        routes[1].set_msi(msi(0x61)).unwrap();
+        let place = routes[1].armed_gsi().unwrap().unwrap();
+        assert!(place >= FIRST_SPARE);
+        std::thread::scope(|scope| {
+            let mut state = partition.lock();
+            let late = scope.spawn(|| routes[1].set_msi(msi(0x62)));
+            while !partition.is_awaited() {
+                std::thread::yield_now();
+            }
+            // Another route's push finds the eventfd closed. The change that waits has seen its route in order.
+            recorder.kernel().closed_events.insert(fd_of(&routes[1]));
+            let wanted = Intent { msi: Some(nmi(1)), ..Intent::default() };
+            state.apply(&mut [Change::to(0, wanted)]).unwrap();
+            drop(state);
+            assert!(matches!(late.join().unwrap(), Err(Error::Broken(25))));
+        });
+        assert_eq!(routes[1].state().unwrap(), GsiState::Broken);
+        let at = recorder.kernel().irqfds[&fd_of(&routes[1])];
+        assert_eq!((at, recorder.kernel().table[&at]), (place, msi(0x61).raw()));
+        partition.lock().check();
+        recorder.kernel().closed_events.clear();
+        routes[1].close().unwrap();
+        partition.lock().check();
+    }
+}
+
+#[test]
+fn a_likely_message_whose_entry_a_miss_replaces_is_loaded_elsewhere() {
+    let (partition, recorder, routes) = armed(Setup { spares: 300, ..LOADED }, 1);
+    // 240 of 300 spare GSIs hold what is likely. These messages have no vector, and take the others and more.
+    let mut others: Vec<_> = (0..4).map(|_| partition.new_route(None).unwrap()).collect();
+    for number in 1..=70 {
+        others[0].set_msi(nmi(number)).unwrap();
+        others.rotate_left(1);
+    }
+    let kernel = recorder.kernel();
+    let there: Vec<_> = kernel.table.range(FIRST_SPARE..).map(|(_, msi)| *msi).collect();
+    let missing: Vec<_> = (16..=255).filter(|vector| !there.contains(&msi(*vector).raw())).collect();
+    assert_eq!(missing, Vec::<u8>::new());
+    drop(kernel);
+    check_rules(&partition, &recorder, &routes, "after many misses");
 }
