@@ -235,11 +235,20 @@ impl State {
             let (image, kernel) = (self.entries.image(place), self.entries.kernel(place));
             if slot.is_armed() {
                 assert_eq!(usize::from(self.armed[usize::from(slot.armed) - 1]), index);
-                assert!(kernel.is_some() && image == kernel, "GSI {own} is armed at {place}: {image:?}, {kernel:?}");
+                assert!(
+                    kernel.is_some() && image == kernel,
+                    "GSI {own} is armed at {place}: {image:?}, {kernel:?}"
+                );
                 assert!(slot.broken || slot.wanted == kernel, "GSI {own} is armed with {kernel:?}");
             } else if slot.wanted.is_some() {
-                assert!(self.waiting.contains(&(index as u16)), "GSI {own} is to be armed, and does not wait for it");
-                assert_eq!(image, slot.wanted, "GSI {own} waits for the next push, which does not bring its message");
+                assert!(
+                    self.waiting.contains(&(index as u16)),
+                    "GSI {own} is to be armed, and does not wait for it"
+                );
+                assert_eq!(
+                    image, slot.wanted,
+                    "GSI {own} waits for the next push, which does not bring its message"
+                );
             }
             if slot.route.is_none() {
                 assert!(slot.wanted.is_none() && !slot.is_armed() && place == own, "GSI {own} is free");

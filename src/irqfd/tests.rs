@@ -108,9 +108,10 @@ impl Hypervisor for Recorder {
         let met = kernel.quiesced && !kernel.irqfds.keys().all(|fd| kernel.stuck.contains(fd));
         kernel.check(!met, "no push meets an armed irqfd");
         // Without quiescing, an entry may change under an irqfd that is armed at its route's own GSI.
-        let changed = kernel.armed().into_iter().find(|gsi| {
-            kernel.image.get(gsi) != kernel.table.get(gsi) && (kernel.quiesced || *gsi >= FIRST_SPARE)
-        });
+        let changed = kernel
+            .armed()
+            .into_iter()
+            .find(|gsi| kernel.image.get(gsi) != kernel.table.get(gsi) && (kernel.quiesced || *gsi >= FIRST_SPARE));
         kernel.check(changed.is_none(), "no push changes the entry of an armed irqfd that it must not change");
         kernel.call(Operation::SetMsiRouting, Push(entries))?;
         kernel.table = kernel.image.clone();

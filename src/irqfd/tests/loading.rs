@@ -1,5 +1,8 @@
 //! The kernel's table as a cache: places of messages, pushes that load, and entries that are replaced.
 
+use std::ops::Range;
+
+use super::super::config::other_gsis;
 use super::super::plan::Change;
 use super::super::shared::Intent;
 use super::*;
@@ -207,7 +210,7 @@ fn where_a_push_is_cheaper_again_the_loaded_entries_leave_with_it() {
 
 #[test]
 fn spare_gsis_that_are_in_other_use_or_too_many_are_refused() {
-    let make = |gsis: std::ops::Range<u32>, spares: std::ops::Range<u32>, backend: Backend| {
+    let make = |gsis: Range<u32>, spares: Range<u32>, backend: Backend| {
         let keep = vec![(3000, msi(0x41).raw())];
         let spares = vec![spares; 1];
         let config = Config { adopted: true, keep, spares, ..Config::new(backend, gsis) };
@@ -222,6 +225,59 @@ fn spare_gsis_that_are_in_other_use_or_too_many_are_refused() {
     ] {
         let refused = make(gsis, spares, Backend::Mshv).unwrap_err();
         assert!(refused.contains(words), "{refused}");
+    }
+}
+
+#[test]
+fn a_gsi_that_is_spare_twice_is_refused() {
+    let config = Config { spares: vec![40..50, 60..70, 49..51], ..Config::new(Backend::Mshv, 24..32) };
+    let refused = Partition::new(Box::new(Recorder::default()), config).unwrap_err().to_string();
+    assert!(refused.contains("spare range(49, 51) overlaps spare range(40, 50)"), "{refused}");
+}
+
+#[test]
+fn spare_gsis_are_as_many_as_fit_beside_the_pins() {
+    let spare = |gsis: Range<u32>, pins| {
+        let spares = other_gsis(&gsis);
+        let found = Config { spares, ..Config::new(Backend::Kvm, gsis) }.spare_gsis(pins);
+        (found.first().copied(), found.last().copied(), found.len())
+    };
+    assert_eq!(spare(24..2072, true), (Some(2072), Some(4079), 2008));
+    assert_eq!(spare(24..2072, false), (Some(2072), Some(4095), 2024));
+    assert_eq!(spare(24..4080, true), (None, None, 0));
+    assert_eq!(spare(24..4079, true), (Some(4079), Some(4079), 1));
+    assert_eq!(spare(4095..4096, true), (Some(24), Some(4078), 4055));
+    assert_eq!(spare(0..4096, false), (None, None, 0));
+    assert_eq!(spare(4095..4096, false), (Some(24), Some(4094), 4071));
+}
+
+#[test]
+fn ranges_of_gsis_at_the_edges_work_with_every_other_gsi_spare() {
+    let mshv = [0..4096, 24..4096, 4095..4096, 10..12].map(|gsis| (Backend::Mshv, gsis));
+    for (backend, gsis) in mshv.into_iter().chain([24..4090, 4094..4096].map(|gsis| (Backend::Kvm, gsis))) {
+        let recorder = Recorder::default();
+        let config =
+            Config { spares: other_gsis(&gsis), entries_per_move: 0, ..Config::new(backend, gsis.clone()) };
+        let partition = Partition::new(Box::new(recorder.clone()), config).unwrap();
+        (0..4).for_each(|vp| partition.create_vp(vp).unwrap());
+        recorder.kernel().quiesced = partition.config().quiesce;
+        let routes: Vec<_> = (0..gsis.len().min(2)).map(|_| partition.new_route(None).unwrap()).collect();
+        for round in 0..3 {
+            for (route, vp) in routes.iter().zip(0..) {
+                route.set_msi(to(0x41 + round, vp + round)).unwrap();
+                route.mask().unwrap();
+                route.unmask().unwrap();
+            }
+        }
+        let table = recorder.kernel().table.clone();
+        assert!(
+            table.keys().all(|gsi| gsis.contains(gsi) || *gsi >= 24),
+            "the IOAPIC's pins are nobody's spare GSIs"
+        );
+        assert_eq!(table.len() > 2, !matches!(gsis, Range { start: 0..=24, end: 4096 }), "{gsis:?}");
+        check_rules(&partition, &recorder, &routes, &format!("{gsis:?}"));
+        drop(routes);
+        partition.lock().check();
     }
 }
 

@@ -151,7 +151,10 @@ impl Walk {
         assert!(made.iter().filter(|call| matches!(call, Push(_))).count() <= if result.is_ok() { 1 } else { 2 });
         match result {
             Err(Error::Failed(failure)) => {
-                assert!(struck > 0 || step.drain_fails || closed_events, "it failed although no call did: {failure}");
+                assert!(
+                    struck > 0 || step.drain_fails || closed_events,
+                    "it failed although no call did: {failure}"
+                );
                 assert!(
                     failure.broken.iter().all(|gsi| touched.contains(gsi)),
                     "nothing was asked of {:?}, which it broke",
