@@ -358,3 +358,46 @@ fn a_likely_message_whose_entry_a_miss_replaces_is_loaded_elsewhere() {
     drop(kernel);
     check_rules(&partition, &recorder, &routes, "after many misses");
 }
+
+#[test]
+fn a_push_made_anyway_changes_entries_in_place_of_those_alone_that_are_armed_at_their_own_gsis() {
+    let (partition, recorder, routes) = armed(Setup { quiesce: false, spares: 300, entries_per_move: 2 }, 4);
+    routes[0].set_msi(msi(0x99)).unwrap();
+    let spare = |vector| partition.lock().entries.spare_of(msi(vector).raw()).unwrap();
+    let (from, to) = (spare(0x99), spare(0x9A));
+    assert_eq!(recorder.taken(), [Deassign(24), Assign(from)]);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    batch.set_msi(&routes[0], msi(0x9A));
+    batch.set_msi(&routes[1], msi(0x9B));
+    batch.set_msi(&routes[2], nmi(1));
+    batch.commit().unwrap();
+    let calls = recorder.taken();
+    assert!(matches!(calls[..], [Deassign(_), Push(_), Assign(_)]), "{calls:?}");
+    assert_eq!((&calls[0], &calls[2], spare(0x9A)), (&Deassign(from), &Assign(to), to));
+    assert_eq!([1, 2].map(|at| routes[at].armed_gsi().unwrap()), [Some(25), Some(26)]);
+    check_rules(&partition, &recorder, &routes, "one miss and two hits");
+}
+
+#[test]
+fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_bring_others_home() {
+    for broken_before in [false, true] {
+        let (partition, recorder, routes) = armed(FEW, 4);
+        routes[0].set_msi(msi(0x90)).unwrap();
+        let (place, fd) = (routes[0].armed_gsi().unwrap().unwrap(), fd_of(&routes[0]));
+        assert!(place >= FIRST_SPARE);
+        recorder.kernel().closed_events.insert(fd);
+        if broken_before {
+            assert!(routes[0].close().is_err());
+        }
+        for (at, vector) in [(1, 0x80), (2, 0x70), (3, 0x60), (1, 0x81), (2, 0x71)] {
+            routes[at].set_msi(msi(vector)).unwrap();
+            let kernel = recorder.kernel();
+            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, msi(0x90).raw()));
+            drop(kernel);
+            check_rules(&partition, &recorder, &routes, "another route has missed");
+        }
+        assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+        // The others were brought home on the way.
+        assert!(routes[1..].iter().filter(|route| route.armed_gsi().unwrap() < Some(FIRST_SPARE)).count() >= 2);
+    }
+}
