@@ -254,7 +254,11 @@ impl State {
                 assert!(slot.wanted.is_none() && !slot.is_armed() && place == own, "GSI {own} is free");
                 assert_eq!(self.entries.image(own), None, "GSI {own} is free");
             }
-            assert!(!slot.broken || slot.wanted.is_none(), "GSI {own} is broken, and to be armed");
+            if slot.broken {
+                assert_eq!(slot.wanted, None, "GSI {own} is broken, and to be armed");
+                let left = place != own || self.entries.image(own).is_some();
+                assert!(slot.is_armed() || !left, "GSI {own} is broken and disarmed, and keeps an entry");
+            }
         }
         assert_eq!(self.armed.len(), self.slots.iter().filter(|slot| slot.is_armed()).count());
     }

@@ -401,3 +401,20 @@ fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_br
         assert!(routes[1..].iter().filter(|route| route.armed_gsi().unwrap() < Some(FIRST_SPARE)).count() >= 2);
     }
 }
+
+#[test]
+fn a_broken_route_that_a_later_push_disarms_gives_up_its_spare_gsi() {
+    let (partition, recorder, routes) = armed(FEW, 4);
+    routes[0].set_msi(msi(0x90)).unwrap();
+    let place = routes[0].armed_gsi().unwrap().unwrap();
+    recorder.fail([0]);
+    assert!(routes[0].close().is_err());
+    assert_eq!(recorder.kernel().armed().len(), 4);
+    routes[1].set_msi(msi(0x80)).unwrap();
+    assert_eq!(recorder.kernel().armed().len(), 3, "the push disarmed it");
+    check_rules(&partition, &recorder, &routes, "disarmed after all");
+    assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+    (0x60..0x68).for_each(|vector| routes[1].set_msi(msi(vector)).unwrap());
+    assert_ne!(recorder.kernel().table[&place], msi(0x90).raw(), "its spare GSI is used again");
+    assert!(!recorder.kernel().table.contains_key(&24));
+}
