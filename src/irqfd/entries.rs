@@ -54,15 +54,6 @@ impl Cell {
     }
 }
 
-/// How soon the entry of a spare GSI may be replaced: sooner if less. An entry that a route has used is worth more than
-/// one that was loaded in advance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Worth {
-    Empty,
-    NeverUsed,
-    Used(u32),
-}
-
 impl Entries {
     /// Empty entries for GSIs below `end`, of which `spares` are spare.
     pub(super) fn new(end: u32, spares: Vec<u16>) -> Self {
@@ -195,20 +186,25 @@ impl Entries {
         entry.used = self.clock;
     }
 
-    /// The spare GSIs whose entry may be replaced, the least worth keeping first.
-    pub(super) fn replaceable(&self) -> Vec<(Worth, u32)> {
-        let worth = |gsi: &u16| {
-            let entry = &self.entries[usize::from(*gsi)];
-            let worth = match (entry.image.get(), entry.used) {
-                (None, _) => Worth::Empty,
-                (_, 0) => Worth::NeverUsed,
-                (_, used) => Worth::Used(used),
-            };
-            (entry.routes == 0).then_some((worth, u32::from(*gsi)))
-        };
-        let mut found: Vec<_> = self.spares.iter().filter_map(worth).collect();
-        found.sort_unstable();
-        found
+    /// Whether a route has its place at the spare GSI of a message.
+    pub(super) fn has_a_place(&self, msi: RawMsi) -> bool {
+        self.spare_of(msi).is_some_and(|gsi| self.entries[gsi as usize].routes > 0)
+    }
+
+    /// Whether no route has its place at a spare GSI.
+    pub(super) fn is_replaceable(&self, gsi: u32) -> bool {
+        self.entries[gsi as usize].routes == 0
+    }
+
+    /// The spare GSIs whose entry may be replaced: the empty ones, those that no route has used since they were loaded,
+    /// then the least recently used.
+    pub(super) fn replaceable(&self) -> Vec<u32> {
+        let mut found: Vec<_> = self.spares.iter().filter(|gsi| self.is_replaceable(u32::from(**gsi))).collect();
+        found.sort_by_key(|gsi| {
+            let entry = &self.entries[usize::from(**gsi)];
+            (entry.image != Cell::EMPTY, entry.used)
+        });
+        found.into_iter().map(|gsi| u32::from(*gsi)).collect()
     }
 
     #[cfg(test)]

@@ -5,11 +5,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
-use super::commit::{Change, State};
 use super::config::{Config, check_gsis, check_keep, check_spares};
 use super::error::{Error, Failure, Result};
 use super::gsi::GsiState;
+use super::plan::Change;
 use super::shared::{Intent, Route};
+use super::state::State;
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use super::vps::VpSet;
