@@ -1,4 +1,4 @@
-"""Measurements other than the latency of one call: many partitions, many threads, a busy interpreter, memory."""
+"""Measurements other than the latency of one call: partitions, threads, other routes, a busy interpreter, memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median, quantiles
 from time import perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MsiRoute, _core, open_partition
 from mshv_irqfd._cli.bench import machine
 from mshv_irqfd._cli.bench.measure import interval
-from mshv_irqfd._cli.bench.workloads import FIRST_GSI, vector
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +33,11 @@ PR_SET_THP_DISABLE = 41
 """linux/prctl.h."""
 
 
-def _open(backend: str, count: int) -> _core.Partition:
+def _open(backend: str, count: int, *, preload: bool = True) -> _core.Partition:
     gsis = range(FIRST_GSI, FIRST_GSI + max(count, 1))
-    return _core.null_partition(gsis) if backend == "null" else open_partition(backend, gsis=gsis)
+    if backend == "null":
+        return _core.null_partition(gsis, preload=preload)
+    return open_partition(backend, gsis=gsis, vps=VPS, preload=preload)
 
 
 def _bring_up(partition: _core.Partition, count: int) -> list[_core.IrqFdRoute]:
@@ -104,7 +107,7 @@ def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
 
 
 def threads(backend: str, seconds: float) -> list[Scenario]:
-    """The rate of pushes to one partition, from one thread and from many."""
+    """The rate of retargets on one partition, from one thread and from many."""
     sums: list[float] = []
     slowest: list[float] = []
     with _open(backend, ROUTES) as partition:
@@ -131,14 +134,14 @@ def _turns(seconds: float) -> float:
 
 
 def responsiveness(backend: str, seconds: float) -> list[Scenario]:
-    """The speed of a Python thread while another's pushes are in the kernel."""
+    """The speed of a Python thread while another's retargets are in the kernel."""
     shares: list[float] = []
     with _open(backend, ROUTES) as partition:
         routes = _bring_up(partition, ROUTES)
         route = routes[ROUTES // 2]
         msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (False, True)]
 
-        def push(stop: threading.Event) -> None:
+        def retarget(stop: threading.Event) -> None:
             while not stop.is_set():
                 for msi in msis:
                     route.set_msi(msi)
@@ -146,13 +149,55 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
         for _ in range(ROUNDS):
             alone = _turns(seconds)
             stop = threading.Event()
-            thread = threading.Thread(target=push, args=(stop,))
+            thread = threading.Thread(target=retarget, args=(stop,))
             thread.start()
             shares.append(_turns(seconds) / alone)
             stop.set()
             thread.join()
     what = f"a thread's speed in Python while another retargets at {ROUTES} routes"
     return [_scenario("responsiveness", what, shares, "of its speed alone")]
+
+
+def others(backend: str, seconds: float) -> list[Scenario]:
+    """The latency of signals on routes that nobody touches while one route moves without pause in another thread."""
+    if backend == "null":
+        # Nothing is delivered.
+        return []
+    machine.raise_descriptor_limit(4 * ROUTES)
+    found: list[Scenario] = []
+    for name, preload in (("preloaded", True), ("no preload", False)):
+        with _open(backend, ROUTES, preload=preload) as partition:
+            found += _others(f"signals on the other routes, {name}", _bring_up(partition, ROUTES), seconds)
+    return found
+
+
+def _others(what: str, routes: list[_core.IrqFdRoute], seconds: float) -> list[Scenario]:
+    moved = routes.pop(ROUTES // 2)
+    msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (True, False)]
+    ratios: dict[str, list[float]] = {"median": [], "p99": []}
+    alone: list[float] = []
+    late_of: list[float] = []
+    rates: list[float] = []
+    for _ in range(ROUNDS):
+        quiet, _, _ = _core.signal_latencies(routes, None, [], seconds)
+        busy, late, moves = _core.signal_latencies(routes, moved, msis, seconds)
+        for name, measure in (("median", median), ("p99", _percentile_99)):
+            ratios[name].append(measure(busy) / measure(quiet))
+        alone.append(median(quiet) / 1e3)
+        late_of.append(100 * late / len(busy))
+        rates.append(moves / seconds)
+    against = f"while one of {ROUTES} moves, divided by nobody moving"
+    return [
+        _scenario("others", f"{what}: median latency with nobody moving", alone, "us"),
+        _scenario("others", f"{what}: median latency {against}", ratios["median"], ""),
+        _scenario("others", f"{what}: p99 latency {against}", ratios["p99"], ""),
+        _scenario("others", f"{what}: late, their route being disarmed at that moment", late_of, "%"),
+        _scenario("others", f"{what}: moves of the one meanwhile", rates, "/s"),
+    ]
+
+
+def _percentile_99(values: list[int]) -> float:
+    return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 def memory(backend: str, seconds: float) -> list[Scenario]:
@@ -189,6 +234,7 @@ def _print_memory(backend: str) -> None:
 ALL: dict[str, Callable[[str, float], list[Scenario]]] = {
     "partitions": partitions,
     "threads": threads,
+    "others": others,
     "responsiveness": responsiveness,
     "memory": memory,
 }
