@@ -159,40 +159,55 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
 
 
 def others(backend: str, seconds: float) -> list[Scenario]:
-    """The latency of signals on routes that nobody touches while one route moves without pause in another thread."""
+    """The latency of signals on routes that nobody touches while one route moves without pause in another thread.
+
+    It is compared with the latency while no thread moves a route, and while the thread moves one of another partition,
+    which occupies a CPU in the same way.
+    """
     if backend == "null":
         # Nothing is delivered.
         return []
     machine.raise_descriptor_limit(4 * ROUTES)
     found: list[Scenario] = []
-    for name, preload in (("preloaded", True), ("no preload", False)):
-        with _open(backend, ROUTES, preload=preload) as partition:
-            found += _others(f"signals on the other routes, {name}", _bring_up(partition, ROUTES), seconds)
+    for name, preload in (("package", True), ("no preload", False)):
+        with _open(backend, ROUTES, preload=preload) as partition, _open(backend, ROUTES, preload=preload) as another:
+            here, elsewhere = _bring_up(partition, ROUTES), _bring_up(another, ROUTES)
+            found += _others(name, here, elsewhere[ROUTES // 2], seconds)
     return found
 
 
-def _others(what: str, routes: list[_core.IrqFdRoute], seconds: float) -> list[Scenario]:
-    moved = routes.pop(ROUTES // 2)
+def _others(design: str, routes: list[_core.IrqFdRoute], elsewhere: _core.IrqFdRoute, seconds: float) -> list[Scenario]:
+    moves = {"nobody": None, "elsewhere": elsewhere, "here": routes[ROUTES // 2]}
+    signalled = [route for route in routes if route is not moves["here"]]
     msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (True, False)]
-    ratios: dict[str, list[float]] = {"median": [], "p99": []}
-    alone: list[float] = []
+    medians: dict[str, list[float]] = {name: [] for name in moves}
+    highs: dict[str, list[float]] = {name: [] for name in moves}
     late_of: list[float] = []
     rates: list[float] = []
-    for _ in range(ROUNDS):
-        quiet, _, _ = _core.signal_latencies(routes, None, [], seconds)
-        busy, late, moves = _core.signal_latencies(routes, moved, msis, seconds)
-        for name, measure in (("median", median), ("p99", _percentile_99)):
-            ratios[name].append(measure(busy) / measure(quiet))
-        alone.append(median(quiet) / 1e3)
-        late_of.append(100 * late / len(busy))
-        rates.append(moves / seconds)
-    against = f"while one of {ROUTES} moves, divided by nobody moving"
+    for turn in range(ROUNDS):
+        names = list(moves)
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            times, late, moved = _core.signal_latencies(signalled, moves[name], msis, seconds)
+            medians[name].append(median(times) / 1e3)
+            highs[name].append(_percentile_99(times) / 1e3)
+            if name == "here":
+                late_of.append(100 * late / len(times))
+                rates.append(moved / seconds)
+    what = f"{design}: signals on the others of {ROUTES} routes"
+    rows = [
+        _scenario("others", f"{what}, nobody moves: median latency", medians["nobody"], "us"),
+        _scenario("others", f"{what}, nobody moves: p99 latency", highs["nobody"], "us"),
+    ]
+    for statistic, found in (("median", medians), ("p99", highs)):
+        for name, against in (("nobody", "nobody moves"), ("elsewhere", "one moves in another partition")):
+            ratios = [here / there for here, there in zip(found["here"], found[name], strict=True)]
+            rows.append(
+                _scenario("others", f"{what}, one moves: {statistic} latency, to that while {against}", ratios, "")
+            )
     return [
-        _scenario("others", f"{what}: median latency with nobody moving", alone, "us"),
-        _scenario("others", f"{what}: median latency {against}", ratios["median"], ""),
-        _scenario("others", f"{what}: p99 latency {against}", ratios["p99"], ""),
-        _scenario("others", f"{what}: late, their route being disarmed at that moment", late_of, "%"),
-        _scenario("others", f"{what}: moves of the one meanwhile", rates, "/s"),
+        *rows,
+        _scenario("others", f"{what}, one moves: share of late ones, whose route was disarmed", late_of, "%"),
+        _scenario("others", f"{what}, one moves: its moves", rates, "/s"),
     ]
 
 
