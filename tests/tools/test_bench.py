@@ -141,6 +141,7 @@ def test_comparing_tells_slower_rows_from_unchanged_ones(tmp_path: Path, capsys:
         (["--backend", "xen"], "invalid choice"),
         (["--workloads", "push,pull"], "'pull' is not a workload"),
         (["--scenarios", "memory,mercury"], "'mercury' is not a scenario"),
+        (["--designs", "floor,ceiling"], "'ceiling' is not a design"),
         (["--routes", "0"], "a number of routes is 1 to"),
         (["--routes", "5000"], "a number of routes is 1 to"),
         (["--routes", "many"], "not a list of numbers"),
@@ -333,6 +334,16 @@ def test_on_kvm_a_signal_is_in_the_irr_when_its_write_returns() -> None:
         for _ in range(200):
             os.eventfd_write(route.fileno(), 1)
             assert [interrupt.vector for interrupt in partition.take_interrupts()] == [0x41]
+
+
+def test_a_run_of_chosen_designs_compares_only_those(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["bench", "--quick", "--backend", "null", "--workloads", "retarget", "--designs", "package,floor moves"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    for row in results.read(file)["rows"]:
+        assert list(row["designs"]) == ["package", "floor moves"]
+        assert list(row["ratios"]["package"]) == ["floor moves"]
+    assert "package / it" in capsys.readouterr().out
 
 
 def test_a_run_without_workloads_measures_the_scenarios_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

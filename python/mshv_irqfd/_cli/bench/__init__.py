@@ -52,6 +52,13 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
         help=f"any of {', '.join(WORKLOADS)}, or none (default: all)",
     )
     parser.add_argument(
+        "--designs",
+        type=_designs,
+        default=list(designs.MAKERS),
+        metavar="NAME[,NAME...]",
+        help=f"any of {', '.join(designs.MAKERS)} (default: all that the backend has)",
+    )
+    parser.add_argument(
         "--routes",
         type=_routes,
         metavar="N[,N...]",
@@ -98,6 +105,10 @@ def _workloads(text: str) -> list[str]:
 
 def _scenarios(text: str) -> list[str]:
     return _names(text, "a scenario", scenarios.ALL)
+
+
+def _designs(text: str) -> list[str]:
+    return _names(text, "a design", designs.MAKERS)
 
 
 def _names(text: str, what: str, known: Iterable[str]) -> list[str]:
@@ -197,6 +208,7 @@ def run(options: Namespace) -> int:
         seconds=options.seconds if options.seconds is not None else (0.0 if quick else 2.0),
         longest=options.longest,
         rounds=2 if quick else measure.LEAST_ROUNDS,
+        designs=options.designs,
     )
     if _core.DEBUG_BUILD:
         _warn_of_debug_build("this is")

@@ -30,14 +30,14 @@ class Design(Protocol):
 MAKERS: dict[str, Callable[[str, int], Design]] = {
     "package": Package,
     "no preload": lambda backend, count: Package(backend, count, preload=False),
-    "no preload, not quiesced": lambda backend, count: Package(backend, count, preload=False, quiesce=False),
+    "no preload unquiesced": lambda backend, count: Package(backend, count, preload=False, quiesce=False),
     "floor": lambda backend, count: _core.Baseline("floor", backend, count),
-    "floor, quiesced": lambda backend, count: _core.Baseline("floor-quiesced", backend, count),
-    "floor, moves": lambda backend, count: _core.Baseline("floor-move", backend, count),
+    "floor quiesced": lambda backend, count: _core.Baseline("floor-quiesced", backend, count),
+    "floor moves": lambda backend, count: _core.Baseline("floor-move", backend, count),
     "rebuild": lambda backend, count: _core.Baseline("rebuild", backend, count),
     "plain Python": PlainPython,
 }
-OURS = ("package", "no preload", "no preload, not quiesced")
+OURS = ("package", "no preload", "no preload unquiesced")
 """The designs that are the package."""
 MOVES = ("bring-up", "bring-up-made", "retarget", "retarget-storm", "retarget-all")
 """The workloads for which moves are another way."""
@@ -58,4 +58,4 @@ def runs(design: str, workload: str) -> bool:
     """Whether a design runs a workload. Neither the package with preloading nor the floor with moves makes a `push`."""
     if design == "package":
         return workload != "push"
-    return design != "floor, moves" or workload in MOVES
+    return design != "floor moves" or workload in MOVES

@@ -43,6 +43,8 @@ class Plan:
     """The longest expected call, in seconds; a design does not run a workload beyond that."""
     rounds: int = LEAST_ROUNDS
     """The least number of rounds."""
+    designs: list[str] = field(default_factory=lambda: list(designs.MAKERS))
+    """The designs to run, if the backend has them."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Measurement:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.designs = designs.of_backend(plan.backend)
+        self.designs = [name for name in designs.of_backend(plan.backend) if name in plan.designs]
         self._took: dict[tuple[str, str], tuple[int, float]] = {}
 
     def cells(self, progress: Callable[[float, str], None]) -> Iterator[Cell]:
