@@ -1,6 +1,6 @@
 """The Rust half of `mshv_irqfd`; import that, not this."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Final, Protocol, Self, final, overload, type_check_only
@@ -22,6 +22,7 @@ __all__: Final = [
     "Partition",
     "RawPartition",
     "null_partition",
+    "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
 
@@ -550,5 +551,7 @@ class Baseline:
     def close(self) -> None:
         """Closes the partition."""
 
-def null_partition(gsis: range) -> Partition:
-    """A partition whose kernel does nothing, with one VP."""
+def null_partition(gsis: range, *, preload: bool) -> Partition: ...
+def signal_latencies(
+    routes: Sequence[IrqFdRoute], moved: IrqFdRoute | None, msis: Sequence[MsiRoute], seconds: float
+) -> tuple[list[int], int, int]: ...
