@@ -145,6 +145,24 @@ fn a_masked_route_keeps_its_place_so_that_unmasking_pushes_nothing() {
 }
 
 #[test]
+fn a_route_that_is_cleared_or_closed_gives_up_its_spare_gsi() {
+    let leave: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::clear_msi, IrqFdRoute::close];
+    for leave in leave {
+        let (partition, recorder, routes) = armed(LOADED, 2);
+        routes.iter().for_each(|route| route.set_msi(msi(0x99)).unwrap());
+        let place = routes[0].armed_gsi().unwrap().unwrap();
+        let is_replaceable = || partition.lock().entries.is_replaceable(place);
+        leave(&routes[0]).unwrap();
+        assert!(!is_replaceable(), "the other route is there");
+        routes[1].mask().unwrap();
+        assert!(!is_replaceable(), "masked, it keeps its place");
+        leave(&routes[1]).unwrap();
+        assert!(is_replaceable());
+        check_rules(&partition, &recorder, &routes, "both have left");
+    }
+}
+
+#[test]
 fn a_failed_push_loads_nothing_and_the_next_one_takes_nothing_along() {
     let (partition, recorder) = partition_of(LOADED);
     let route = partition.new_route(None).unwrap();
@@ -301,7 +319,7 @@ fn a_push_that_fails_brings_nobody_home() {
     for (route, vector) in routes.iter().zip([0x90, 0x80]) {
         route.set_msi(msi(vector)).unwrap();
     }
-    let held = |kernel: &Kernel| (kernel.irqfds.clone(), kernel.table.clone());
+    let held = |kernel: &Kernel| (kernel.irqfds.clone(), kernel.table.clone(), kernel.image.clone());
     let before = held(&recorder.kernel());
     // Four irqfds are disarmed, and the push fails.
     recorder.fail([4]);
