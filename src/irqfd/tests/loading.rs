@@ -400,7 +400,7 @@ fn a_push_made_anyway_changes_entries_in_place_of_those_alone_that_are_armed_at_
 fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_bring_others_home() {
     for broken_before in [false, true] {
         let (partition, recorder, routes) = armed(FEW, 4);
-        routes[0].set_msi(msi(0x90)).unwrap();
+        routes[0].set_msi(nmi(9)).unwrap();
         let (place, fd) = (routes[0].armed_gsi().unwrap().unwrap(), fd_of(&routes[0]));
         assert!(place >= FIRST_SPARE);
         recorder.kernel().closed_events.insert(fd);
@@ -410,7 +410,7 @@ fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_br
         for (at, vector) in [(1, 0x80), (2, 0x70), (3, 0x60), (1, 0x81), (2, 0x71)] {
             routes[at].set_msi(msi(vector)).unwrap();
             let kernel = recorder.kernel();
-            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, msi(0x90).raw()));
+            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, nmi(9).raw()));
             drop(kernel);
             check_rules(&partition, &recorder, &routes, "another route has missed");
         }
@@ -435,4 +435,27 @@ fn a_broken_route_that_a_later_push_disarms_gives_up_its_spare_gsi() {
     (0x60..0x68).for_each(|vector| routes[1].set_msi(msi(vector)).unwrap());
     assert_ne!(recorder.kernel().table[&place], msi(0x90).raw(), "its spare GSI is used again");
     assert!(!recorder.kernel().table.contains_key(&24));
+}
+
+#[test]
+fn an_arming_that_fails_after_others_were_brought_home_leaves_them_there_and_its_route_where_it_was() {
+    let (partition, recorder, routes) = armed(FEW, 4);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    for (route, number) in routes.iter().zip([9, 9, 8]) {
+        batch.set_msi(route, nmi(number));
+    }
+    batch.commit().unwrap();
+    let shared = routes[1].armed_gsi().unwrap();
+    assert!(shared >= Some(FIRST_SPARE) && shared == routes[0].armed_gsi().unwrap());
+    // The second route takes the last spare GSI, so the first and the third go home. The first leaves the second alone at
+    // a GSI that it needs again, and the third leaves one that is loaded at once.
+    let left = routes[2].armed_gsi().unwrap().unwrap();
+    recorder.fail([5]);
+    recorder.taken();
+    assert!(routes[1].set_msi(msi(0x80)).is_err());
+    assert!(matches!(recorder.taken()[4..6], [Push(_), Assign(FIRST_SPARE..)]));
+    let places: Vec<_> = routes.iter().map(|route| route.armed_gsi().unwrap()).collect();
+    assert_eq!(places, [Some(24), shared, Some(26), Some(27)]);
+    assert_ne!(recorder.kernel().table[&left], nmi(8).raw());
+    check_rules(&partition, &recorder, &routes, "arming failed");
 }
