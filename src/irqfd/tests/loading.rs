@@ -145,6 +145,24 @@ fn a_masked_route_keeps_its_place_so_that_unmasking_pushes_nothing() {
 }
 
 #[test]
+fn a_route_that_is_cleared_or_closed_gives_up_its_spare_gsi() {
+    let leave: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::clear_msi, IrqFdRoute::close];
+    for leave in leave {
+        let (partition, recorder, routes) = armed(LOADED, 2);
+        routes.iter().for_each(|route| route.set_msi(msi(0x99)).unwrap());
+        let place = routes[0].armed_gsi().unwrap().unwrap();
+        let is_replaceable = || partition.lock().entries.is_replaceable(place);
+        leave(&routes[0]).unwrap();
+        assert!(!is_replaceable(), "the other route is there");
+        routes[1].mask().unwrap();
+        assert!(!is_replaceable(), "masked, it keeps its place");
+        leave(&routes[1]).unwrap();
+        assert!(is_replaceable());
+        check_rules(&partition, &recorder, &routes, "both have left");
+    }
+}
+
+#[test]
 fn a_failed_push_loads_nothing_and_the_next_one_takes_nothing_along() {
     let (partition, recorder) = partition_of(LOADED);
     let route = partition.new_route(None).unwrap();
@@ -301,7 +319,7 @@ fn a_push_that_fails_brings_nobody_home() {
     for (route, vector) in routes.iter().zip([0x90, 0x80]) {
         route.set_msi(msi(vector)).unwrap();
     }
-    let held = |kernel: &Kernel| (kernel.irqfds.clone(), kernel.table.clone());
+    let held = |kernel: &Kernel| (kernel.irqfds.clone(), kernel.table.clone(), kernel.image.clone());
     let before = held(&recorder.kernel());
     // Four irqfds are disarmed, and the push fails.
     recorder.fail([4]);
@@ -382,7 +400,7 @@ fn a_push_made_anyway_changes_entries_in_place_of_those_alone_that_are_armed_at_
 fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_bring_others_home() {
     for broken_before in [false, true] {
         let (partition, recorder, routes) = armed(FEW, 4);
-        routes[0].set_msi(msi(0x90)).unwrap();
+        routes[0].set_msi(nmi(9)).unwrap();
         let (place, fd) = (routes[0].armed_gsi().unwrap().unwrap(), fd_of(&routes[0]));
         assert!(place >= FIRST_SPARE);
         recorder.kernel().closed_events.insert(fd);
@@ -392,7 +410,7 @@ fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_br
         for (at, vector) in [(1, 0x80), (2, 0x70), (3, 0x60), (1, 0x81), (2, 0x71)] {
             routes[at].set_msi(msi(vector)).unwrap();
             let kernel = recorder.kernel();
-            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, msi(0x90).raw()));
+            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, nmi(9).raw()));
             drop(kernel);
             check_rules(&partition, &recorder, &routes, "another route has missed");
         }
@@ -417,4 +435,27 @@ fn a_broken_route_that_a_later_push_disarms_gives_up_its_spare_gsi() {
     (0x60..0x68).for_each(|vector| routes[1].set_msi(msi(vector)).unwrap());
     assert_ne!(recorder.kernel().table[&place], msi(0x90).raw(), "its spare GSI is used again");
     assert!(!recorder.kernel().table.contains_key(&24));
+}
+
+#[test]
+fn an_arming_that_fails_after_others_were_brought_home_leaves_them_there_and_its_route_where_it_was() {
+    let (partition, recorder, routes) = armed(FEW, 4);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    for (route, number) in routes.iter().zip([9, 9, 8]) {
+        batch.set_msi(route, nmi(number));
+    }
+    batch.commit().unwrap();
+    let shared = routes[1].armed_gsi().unwrap();
+    assert!(shared >= Some(FIRST_SPARE) && shared == routes[0].armed_gsi().unwrap());
+    // The second route takes the last spare GSI, so the first and the third go home. The first leaves the second alone at
+    // a GSI that it needs again, and the third leaves one that is loaded at once.
+    let left = routes[2].armed_gsi().unwrap().unwrap();
+    recorder.fail([5]);
+    recorder.taken();
+    assert!(routes[1].set_msi(msi(0x80)).is_err());
+    assert!(matches!(recorder.taken()[4..6], [Push(_), Assign(FIRST_SPARE..)]));
+    let places: Vec<_> = routes.iter().map(|route| route.armed_gsi().unwrap()).collect();
+    assert_eq!(places, [Some(24), shared, Some(26), Some(27)]);
+    assert_ne!(recorder.kernel().table[&left], nmi(8).raw());
+    check_rules(&partition, &recorder, &routes, "arming failed");
 }

@@ -14,8 +14,8 @@ use crate::hypervisor::Target;
 
 #[derive(Clone, Copy, Debug)]
 enum Edit {
-    /// To a vector of a VP.
-    Set(u8, u8),
+    /// To data with a vector, for a VP.
+    Set(u16, u8),
     Clear,
     Mask,
     Unmask,
@@ -45,8 +45,11 @@ struct Step {
 
 fn edits() -> impl Strategy<Value = Edit> {
     prop_oneof![
-        12 => (0x20..0x24u8).prop_map(|vector| Edit::Set(vector, 0)),
-        1 => (0x20..0x24u8, 1..3u8).prop_map(|(vector, vp)| Edit::Set(vector, vp)),
+        12 => (0x20..0x24u16).prop_map(|data| Edit::Set(data, 0)),
+        1 => (0x20..0x24u16, 1..3u8).prop_map(|(data, vp)| Edit::Set(data, vp)),
+        // Of another shape, and of none: lowest-priority delivery, and NMIs.
+        1 => (0x120..0x122u16).prop_map(|data| Edit::Set(data, 0)),
+        2 => (0x400..0x403u16).prop_map(|data| Edit::Set(data, 0)),
         4 => Just(Edit::Clear),
         4 => Just(Edit::Mask),
         8 => Just(Edit::Unmask),
@@ -83,14 +86,14 @@ struct Asked {
     asked_for: Vec<RawMsi>,
 }
 
-fn to_vp(vector: u8, vp: u8) -> MsiRoute {
-    MsiRoute::new(0xFEE0_0000 | u64::from(vp) << 12, vector.into()).unwrap()
+fn to_vp(data: u16, vp: u8) -> MsiRoute {
+    MsiRoute::new(0xFEE0_0000 | u64::from(vp) << 12, data.into()).unwrap()
 }
 
 impl Asked {
     fn edit(&mut self, edit: Edit) {
         match edit {
-            Edit::Set(vector, vp) => self.msi = Some(to_vp(vector, vp)),
+            Edit::Set(data, vp) => self.msi = Some(to_vp(data, vp)),
             Edit::Clear => self.msi = None,
             Edit::Mask => self.masked = true,
             Edit::Unmask => self.masked = false,
@@ -285,8 +288,8 @@ impl Walk {
         }
         let len = self.routes.len();
         for (number, edit) in edits {
-            if let Edit::Set(vector, vp) = edit {
-                self.routes[number % len].asked_for.push(to_vp(*vector, *vp).raw());
+            if let Edit::Set(data, vp) = edit {
+                self.routes[number % len].asked_for.push(to_vp(*data, *vp).raw());
             }
         }
         let at = |at: usize| at % len;
@@ -296,7 +299,7 @@ impl Walk {
             for (number, edit) in edits {
                 let route = &self.routes[at(*number)].route;
                 match edit {
-                    Edit::Set(vector, vp) => batch.set_msi(route, to_vp(*vector, *vp)),
+                    Edit::Set(data, vp) => batch.set_msi(route, to_vp(*data, *vp)),
                     Edit::Clear => batch.clear_msi(route),
                     Edit::Mask => batch.mask(route),
                     Edit::Unmask => batch.unmask(route),
@@ -307,7 +310,7 @@ impl Walk {
             let (number, edit) = edits[0];
             let route = &self.routes[at(number)].route;
             match edit {
-                Edit::Set(vector, vp) => route.set_msi(to_vp(vector, vp)),
+                Edit::Set(data, vp) => route.set_msi(to_vp(data, vp)),
                 Edit::Clear => route.clear_msi(),
                 Edit::Mask => route.mask(),
                 Edit::Unmask => route.unmask(),
