@@ -536,10 +536,10 @@ class RawPartition:
 
 @final
 class Baseline:
-    """A design of `src/instruments` on a partition of its own, with one VP.
+    """A design of `src/instruments` on a partition of its own, with four VPs.
 
     Args:
-        design: "floor", "floor-quiesced" or "rebuild".
+        design: "floor", "floor-quiesced", "floor-move" or "rebuild".
         backend: "mshv", "kvm", "simulated" or "null".
         routes: the number of routes.
     """
@@ -551,7 +551,14 @@ class Baseline:
     def close(self) -> None:
         """Closes the partition."""
 
-def null_partition(gsis: range, *, preload: bool) -> Partition: ...
+def null_partition(gsis: range, *, preload: bool) -> Partition:
+    """A partition whose kernel does nothing, with four VPs."""
+
 def signal_latencies(
     routes: Sequence[IrqFdRoute], moved: IrqFdRoute | None, msis: Sequence[MsiRoute], seconds: float
-) -> tuple[list[int], int, int]: ...
+) -> tuple[list[int], int, int]:
+    """Signals routes in turn, and times each signal until its delivery, while another thread sets MSIs on `moved`.
+
+    Returns:
+        The nanoseconds of each signal, the number of late ones, and the number of MSIs set.
+    """

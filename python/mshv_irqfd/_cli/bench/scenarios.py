@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from time import perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
@@ -182,27 +182,27 @@ def _others(design: str, routes: list[_core.IrqFdRoute], elsewhere: _core.IrqFdR
     moves = {"nobody": None, "elsewhere": elsewhere, "here": routes[ROUTES // 2]}
     signalled = [route for route in routes if route is not moves["here"]]
     msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (True, False)]
-    medians: dict[str, list[float]] = {name: [] for name in moves}
-    highs: dict[str, list[float]] = {name: [] for name in moves}
+    statistics: dict[str, Callable[[list[int]], float]] = {"median": median, "p99": _percentile_99, "mean": fmean}
+    found: dict[str, dict[str, list[float]]] = {statistic: {name: [] for name in moves} for statistic in statistics}
     late_of: list[float] = []
     rates: list[float] = []
     for turn in range(SHORT * ROUNDS):
         names = list(moves)
         for name in names[turn % 3 :] + names[: turn % 3]:
             times, late, moved = _core.signal_latencies(signalled, moves[name], msis, seconds / SHORT)
-            medians[name].append(median(times) / 1e3)
-            highs[name].append(_percentile_99(times) / 1e3)
+            for statistic, of in statistics.items():
+                found[statistic][name].append(of(times) / 1e3)
             if name == "here":
                 late_of.append(100 * late / len(times))
                 rates.append(moved / seconds * SHORT)
     what = f"{design}: signals on the others of {ROUTES} routes"
     rows = [
-        _scenario("others", f"{what}, nobody moves: median latency", medians["nobody"], "us"),
-        _scenario("others", f"{what}, nobody moves: p99 latency", highs["nobody"], "us"),
+        _scenario("others", f"{what}, nobody moves: {statistic} latency", found[statistic]["nobody"], "us")
+        for statistic in ("median", "p99")
     ]
-    for statistic, found in (("median", medians), ("p99", highs)):
+    for statistic, by in found.items():
         for name, against in (("nobody", "nobody moves"), ("elsewhere", "one moves in another partition")):
-            ratios = [here / there for here, there in zip(found["here"], found[name], strict=True)]
+            ratios = [here / there for here, there in zip(by["here"], by[name], strict=True)]
             rows.append(
                 _scenario("others", f"{what}, one moves: {statistic} latency, to that while {against}", ratios, "")
             )
