@@ -21,6 +21,8 @@ pub(super) struct Entries {
     loaded: HashMap<RawMsi, u16>,
     /// How many entries the image has.
     len: usize,
+    /// How many of them are spare.
+    filled: usize,
     /// The number of the latest use of a spare entry.
     clock: u32,
 }
@@ -61,7 +63,7 @@ impl Entries {
             Entry { image: Cell::EMPTY, kernel: Cell::EMPTY, used: 0, routes: 0, is_spare: false, is_dirty: false };
         let mut entries = vec![empty; end as usize];
         spares.iter().for_each(|gsi| entries[usize::from(*gsi)].is_spare = true);
-        Self { entries, spares, dirty: Vec::new(), loaded: HashMap::new(), len: 0, clock: 0 }
+        Self { entries, spares, dirty: Vec::new(), loaded: HashMap::new(), len: 0, filled: 0, clock: 0 }
     }
 
     /// The message in the image at a GSI.
@@ -81,6 +83,11 @@ impl Entries {
 
     pub(super) fn spares(&self) -> usize {
         self.spares.len()
+    }
+
+    /// How many entries the image has at spare GSIs.
+    pub(super) fn filled(&self) -> usize {
+        self.filled
     }
 
     /// The kernel's table, by GSI.
@@ -118,7 +125,11 @@ impl Entries {
         if entry.image == before {
             return;
         }
-        self.len = self.len + usize::from(msi.is_some()) - usize::from(before != Cell::EMPTY);
+        let (after, before) = (usize::from(msi.is_some()), usize::from(before != Cell::EMPTY));
+        self.len = self.len + after - before;
+        if entry.is_spare {
+            self.filled = self.filled + after - before;
+        }
         if !std::mem::replace(&mut entry.is_dirty, true) {
             self.dirty.push(gsi as u16);
         }

@@ -114,7 +114,9 @@ impl State {
 
     /// Gives every message that the kernel's table lacks a place, and loads the messages that are likely next.
     fn plan_push(&mut self, changes: &mut [Change], plan: &mut Plan) {
-        let mut replaceable = self.entries.replaceable().into_iter();
+        // While the table is kept small, the spare GSIs have no part in it: scanning them would take longer than the push.
+        let is_plain = self.is_kept_small() && self.entries.filled() == 0;
+        let mut replaceable = if is_plain { Vec::new() } else { self.entries.replaceable() }.into_iter();
         let mut planned = HashMap::new();
         for change in changes.iter_mut().filter(|change| change.pushed) {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
@@ -135,10 +137,14 @@ impl State {
         self.load(changes, replaceable.collect(), &planned, plan);
     }
 
+    /// Whether pushing a table without spare entries is cheaper than moving an irqfd.
+    fn is_kept_small(&self) -> bool {
+        self.gsis.taken() <= self.entries_per_move
+    }
+
     /// Loads spare entries with the messages that are likely next.
     fn load(&mut self, changes: &[Change], mut free: Vec<u32>, planned: &HashMap<RawMsi, u32>, plan: &mut Plan) {
-        if self.gsis.taken() <= self.entries_per_move {
-            // Pushing a small table is cheaper than moving an irqfd, so the table is kept small.
+        if self.is_kept_small() {
             free.into_iter().for_each(|gsi| self.put(gsi, None));
             return;
         }
