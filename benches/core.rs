@@ -33,7 +33,7 @@ fn full() -> (Arc<Partition>, Vec<IrqFdRoute>) {
 
 /// A partition with every GSI routed and armed, and every vector of its VP loaded.
 fn full_and_loaded() -> (Arc<Partition>, Vec<IrqFdRoute>) {
-    full_beside(vec![24 + GSIS as u32..4096])
+    full_beside(std::iter::once(24 + GSIS as u32..4096).collect())
 }
 
 fn full_beside(spares: Vec<Range<u32>>) -> (Arc<Partition>, Vec<IrqFdRoute>) {
