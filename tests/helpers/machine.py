@@ -62,7 +62,7 @@ FEW = 6
 ADOPTED_SPARES = 300
 """The first spare GSI of an adopted VM."""
 Loading = Literal["off", "few", "all", "crowded"]
-"""The spare GSIs of a partition. Where a small table is pushed in place, "few" and "crowded" have many routes besides."""
+"""The spare GSIs of a partition. Where a small table is pushed in place, "few" and "crowded" have many more routes."""
 KEPT = {200: MsiRoute.fixed(0xC8, 0)}
 FULL = 2**64 - 2
 
@@ -376,6 +376,17 @@ class Machine(RuleBasedStateMachine):
     def commit_to_all(self, action: Action, msi: int, racing: bool, failures: list[tuple[Call, int, int]]) -> None:
         """Makes the same change to all routes, so that a failure has earlier changes to roll back."""
         self.try_batch([(number, action, msi) for number in range(len(self.handles))], failures, racing=racing)
+
+    @precondition(lambda self: self.handles)
+    @rule(moves=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), min_size=2, max_size=8))
+    def move_about(self, moves: list[tuple[int, int]]) -> None:
+        """Arms routes and moves them about, one at a time, as a guest does."""
+        for number, msi in moves:
+            self.move(number=number, msi=msi)
+
+    @step
+    def move(self, number: int, msi: int) -> None:
+        self.try_batch([(number, "unmask", 0), (number, "set_msi", msi)], [], racing=False)
 
     def try_batch(
         self, edits: list[tuple[int, Action, int]], failures: list[tuple[Call, int, int]], *, racing: bool

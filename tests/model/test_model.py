@@ -24,7 +24,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 def size() -> tuple[int, int]:
     """The number of runs, and of steps in each."""
-    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "30x30").partition("x")
+    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "40x30").partition("x")
     return int(runs), int(steps)
 
 
