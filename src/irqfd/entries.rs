@@ -267,3 +267,59 @@ impl Entries {
         assert_eq!(self.len, self.entries.iter().filter(|entry| entry.image != Cell::EMPTY).count());
     }
 }
+
+#[cfg(test)]
+#[cfg(not(shuttle))]
+mod tests {
+    use super::*;
+
+    /// Entries with spare GSIs 5, 6 and 7, each of which has the message with its number.
+    fn loaded() -> Entries {
+        let mut entries = Entries::new(8, vec![5, 6, 7]);
+        load(&mut entries, &[(5, 5), (6, 6), (7, 7)]);
+        entries
+    }
+
+    fn load(entries: &mut Entries, messages: &[(u32, u32)]) {
+        messages.iter().for_each(|(gsi, data)| entries.put(None, *gsi, Some(message(*data))));
+        entries.pushed();
+    }
+
+    fn message(data: u32) -> RawMsi {
+        RawMsi { address: 0xFEE0_0000, data }
+    }
+
+    fn visit(entries: &mut Entries, gsi: u32) {
+        entries.reserve(gsi);
+        assert!(!entries.is_replaceable(gsi));
+        entries.release(gsi);
+    }
+
+    #[test]
+    fn an_entry_that_is_loaded_anew_counts_as_unused_until_a_route_leaves_it() {
+        let mut entries = loaded();
+        [6, 7, 5].iter().for_each(|gsi| visit(&mut entries, *gsi));
+        assert_eq!(entries.replaceable(), [6, 7, 5]);
+        load(&mut entries, &[(5, 0x50)]);
+        assert_eq!(entries.replaceable(), [5, 6, 7]);
+        entries.check([]);
+    }
+
+    #[test]
+    fn when_the_clock_runs_out_unused_entries_stay_the_first_to_be_replaced() {
+        let mut entries = loaded();
+        entries.clock = u32::MAX - 1;
+        [6, 5].iter().for_each(|gsi| visit(&mut entries, *gsi));
+        assert_eq!(entries.replaceable(), [7, 6, 5]);
+    }
+
+    #[test]
+    fn a_message_that_moves_to_another_spare_gsi_is_found_there_in_whatever_order_they_changed() {
+        for order in [[(5, 9), (6, 5)], [(6, 5), (5, 9)]] {
+            let mut entries = loaded();
+            load(&mut entries, &order);
+            assert_eq!([5, 6, 9].map(|data| entries.spare_of(message(data))), [Some(6), None, Some(5)]);
+            entries.check([]);
+        }
+    }
+}

@@ -459,3 +459,34 @@ fn an_arming_that_fails_after_others_were_brought_home_leaves_them_there_and_its
     assert_ne!(recorder.kernel().table[&left], nmi(8).raw());
     check_rules(&partition, &recorder, &routes, "arming failed");
 }
+
+#[test]
+fn where_pushes_are_quiesced_no_number_of_entries_makes_a_push_cheaper_than_a_move() {
+    let (_, recorder, routes) = armed(Setup { quiesce: true, spares: 300, entries_per_move: 64 }, 3);
+    routes[0].set_msi(msi(0x99)).unwrap();
+    assert!(matches!(recorder.taken()[..], [Deassign(24), Assign(FIRST_SPARE..)]));
+}
+
+#[test]
+fn one_push_takes_the_place_of_as_many_moves_as_are_dearer() {
+    // Seven entries: a push of them costs more than three moves, and less than four.
+    let setup = Setup { quiesce: false, spares: 3, entries_per_move: 2 };
+    for (masked, expected) in [(false, 1), (true, 0)] {
+        let (partition, recorder, routes) = armed(setup, 4);
+        assert_eq!(recorder.kernel().table.len(), 7);
+        if masked {
+            // To arm this one is no move.
+            routes[3].mask().unwrap();
+        }
+        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+        routes.iter().zip([0x45, 0x46, 0x47, 0x45]).for_each(|(route, vector)| batch.set_msi(route, msi(vector)));
+        batch.unmask(&routes[3]);
+        recorder.taken();
+        batch.commit().unwrap();
+        let calls = recorder.taken();
+        assert_eq!((pushes(&calls), calls.len()), (expected, if masked { 7 } else { 1 }), "{calls:?}");
+        let stats = partition.stats().unwrap();
+        assert_eq!((stats.hits, stats.misses, stats.pushes), (4, 4, 1 + expected as u64));
+        check_rules(&partition, &recorder, &routes, "all were hits");
+    }
+}
