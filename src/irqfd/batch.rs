@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::commit::Change;
 use super::error::{Error, Result};
 use super::msi::MsiRoute;
 use super::partition::Partition;
+use super::plan::Change;
 use super::route::IrqFdRoute;
 use super::shared::Intent;
 

@@ -14,9 +14,11 @@ mod interleavings;
 mod msi;
 mod open;
 mod partition;
+mod plan;
 mod preload;
 mod route;
 mod shared;
+mod state;
 mod stats;
 mod sync;
 #[cfg(test)]

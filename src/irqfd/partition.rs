@@ -5,11 +5,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
-use super::commit::{Change, State};
 use super::config::{Config, check_gsis, check_keep, check_spares};
 use super::error::{Error, Failure, Result};
 use super::gsi::GsiState;
+use super::plan::Change;
 use super::shared::{Intent, Route};
+use super::state::State;
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use super::vps::VpSet;
@@ -189,6 +190,10 @@ impl Partition {
         let mut state = self.lock();
         if state.closing {
             return Err(closed());
+        }
+        // Seen again under the lock: another route's push may have found a route's eventfd closed since.
+        if let Some(change) = changes.iter().find(|change| state.slots[change.index].broken) {
+            return Err(Error::Broken(state.gsi(change.index)));
         }
         if let Some(vps) = state.vps.filter(|_| !self.config.allow_missing_vp) {
             for change in &*changes {

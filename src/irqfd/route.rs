@@ -3,11 +3,11 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use super::commit::Change;
 use super::error::{Error, Failure, Result};
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
 use super::partition::Partition;
+use super::plan::Change;
 use super::shared::{ARMED, CLOSED, HAS_MSI, Intent, MASKED, Route};
 use crate::hypervisor::{CallError, Operation};
 
