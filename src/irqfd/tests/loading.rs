@@ -253,3 +253,137 @@ fn a_push_that_fails_brings_nobody_home() {
     routes[2].set_msi(msi(0x70)).unwrap();
     check_rules(&partition, &recorder, &routes, "after the next push");
 }
+
+/// A partition with three spare GSIs, which have the messages 2, 3 and 4, and a route armed at its own with message 1.
+/// The entries were used in that order, and nothing is likely next.
+fn full() -> (Arc<Partition>, Recorder, IrqFdRoute) {
+    let (partition, recorder) = partition_of(FEW);
+    let route = partition.new_route(None).unwrap();
+    [1, 2, 3, 4, 1].into_iter().for_each(|number| route.set_msi(nmi(number)).unwrap());
+    assert_eq!(loaded(&recorder), [nmi(2), nmi(3), nmi(4)].map(MsiRoute::raw));
+    recorder.taken();
+    (partition, recorder, route)
+}
+
+/// The messages at spare GSIs.
+fn loaded(recorder: &Recorder) -> Vec<RawMsi> {
+    recorder.kernel().table.range(2000..).map(|(_, msi)| *msi).collect()
+}
+
+#[test]
+fn a_message_whose_entry_was_replaced_is_pushed_again() {
+    let (partition, recorder, route) = full();
+    route.set_msi(nmi(5)).unwrap();
+    assert_eq!(loaded(&recorder), [nmi(5), nmi(3), nmi(4)].map(MsiRoute::raw));
+    recorder.taken();
+    route.set_msi(nmi(2)).unwrap();
+    assert_eq!(pushes(&recorder.taken()), 1);
+    check_rules(&partition, &recorder, &[route], "a replaced message is back");
+}
+
+#[test]
+fn closing_one_of_the_routes_that_share_leaves_the_entry_to_the_others() {
+    let (partition, recorder, first) = full();
+    let second = partition.new_route(None).unwrap();
+    [6, 2].into_iter().for_each(|number| second.set_msi(nmi(number)).unwrap());
+    first.set_msi(nmi(2)).unwrap();
+    assert_eq!((first.armed_gsi().unwrap(), second.armed_gsi().unwrap()), (Some(2000), Some(2000)));
+    first.close().unwrap();
+    let third = partition.new_route(None).unwrap();
+    (7..14).for_each(|number| third.set_msi(nmi(number)).unwrap());
+    assert_eq!(second.armed_gsi().unwrap(), Some(2000));
+    check_rules(&partition, &recorder, &[second, third], "all other entries are replaced");
+}
+
+#[test]
+fn a_place_found_in_a_batch_is_not_replaced_by_the_same_batch() {
+    let (partition, recorder, first) = full();
+    let second = partition.new_route(None).unwrap();
+    second.set_msi(nmi(6)).unwrap();
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    batch.set_msi(&first, nmi(2));
+    batch.set_msi(&second, nmi(7));
+    batch.commit().unwrap();
+    assert_eq!(loaded(&recorder), [nmi(2), nmi(7), nmi(4)].map(MsiRoute::raw));
+    check_rules(&partition, &recorder, &[first, second], "one found, one replaced");
+}
+
+#[test]
+fn a_push_that_fails_replaces_no_entry() {
+    let (partition, recorder, first) = full();
+    recorder.fail([1]);
+    assert!(first.set_msi(nmi(5)).is_err());
+    recorder.taken();
+    first.set_msi(nmi(2)).unwrap();
+    assert!(matches!(recorder.taken()[..], [Deassign(24), Assign(2000)]));
+    let second = partition.new_route(None).unwrap();
+    second.set_msi(nmi(6)).unwrap();
+    assert_eq!(loaded(&recorder), [nmi(2), nmi(3), nmi(4)].map(MsiRoute::raw));
+    check_rules(&partition, &recorder, &[first, second], "after the next push");
+}
+
+#[test]
+fn a_move_that_fails_gives_its_place_up_again() {
+    let (partition, recorder, route) = full();
+    recorder.fail([1]);
+    assert!(route.set_msi(nmi(2)).is_err());
+    [5, 6, 7].into_iter().for_each(|number| route.set_msi(nmi(number)).unwrap());
+    // Trying was the latest use of message 2, so its entry is the last to be replaced.
+    assert_eq!(loaded(&recorder), [nmi(7), nmi(5), nmi(6)].map(MsiRoute::raw));
+    check_rules(&partition, &recorder, &[route], "all are replaced");
+}
+
+#[test]
+fn a_route_that_is_closed_or_cleared_gives_its_place_up() {
+    let give_up: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::close, IrqFdRoute::clear_msi];
+    for give_up in give_up {
+        let (partition, recorder, route) = full();
+        let others: Vec<_> = (0..3).map(|_| partition.new_route(None).unwrap()).collect();
+        for (other, number) in others.iter().zip(11..) {
+            [number, number + 10].into_iter().for_each(|number| other.set_msi(nmi(number)).unwrap());
+            assert!(other.armed_gsi().unwrap() >= Some(2000));
+            give_up(other).unwrap();
+        }
+        [31, 32, 33].into_iter().for_each(|number| route.set_msi(nmi(number)).unwrap());
+        assert_eq!(loaded(&recorder), [nmi(31), nmi(32), nmi(33)].map(MsiRoute::raw));
+        check_rules(&partition, &recorder, &[route], "all are replaced");
+    }
+}
+
+/// A partition with three spare GSIs, of which two are taken by the first two of four routes.
+fn most_spares_taken() -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
+    let (partition, recorder, routes) = armed(FEW, 4);
+    for (route, vector) in routes.iter().zip([0x90, 0x80]) {
+        route.set_msi(msi(vector)).unwrap();
+        assert!(route.armed_gsi().unwrap() >= Some(2000));
+    }
+    recorder.taken();
+    (partition, recorder, routes)
+}
+
+#[test]
+fn a_call_that_fails_after_its_push_leaves_at_home_whom_the_push_brought_there() {
+    let (partition, recorder, routes) = most_spares_taken();
+    // Four irqfds are disarmed, the table is pushed, and the first arming fails.
+    recorder.fail([5]);
+    let Err(Error::Failed(failure)) = routes[2].set_msi(msi(0x70)) else { panic!("no failure") };
+    assert_eq!((failure.broken, failure.disarmed), (vec![], vec![]));
+    let places = routes.iter().map(|route| route.armed_gsi().unwrap());
+    assert_eq!(places.collect::<Vec<_>>(), [Some(24), Some(25), Some(26), Some(27)]);
+    check_rules(&partition, &recorder, &routes, "armed at home");
+}
+
+#[test]
+fn a_route_that_cannot_be_disarmed_is_not_brought_home() {
+    let (partition, recorder, routes) = most_spares_taken();
+    let place = routes[1].armed_gsi().unwrap().unwrap();
+    recorder.kernel().closed_event = Some(place);
+    routes[2].set_msi(msi(0x70)).unwrap();
+    assert_eq!(routes[1].state().unwrap(), GsiState::Broken);
+    assert_eq!(routes[0].armed_gsi().unwrap(), Some(24));
+    for vector in 0xA0..0xB0 {
+        routes[3].set_msi(msi(vector)).unwrap();
+        assert_eq!(recorder.kernel().table[&place], msi(0x80).raw(), "its irqfd may still be there");
+    }
+    check_rules(&partition, &recorder, &routes, "one was left at its spare GSI");
+}
