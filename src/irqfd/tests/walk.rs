@@ -43,8 +43,8 @@ struct Step {
 
 fn edits() -> impl Strategy<Value = Edit> {
     prop_oneof![
-        12 => (0x20..0x24u8).prop_map(|vector| Edit::Set(vector, 0)),
-        1 => (0x20..0x24u8, 1..3u8).prop_map(|(vector, vp)| Edit::Set(vector, vp)),
+        12 => (0x20..0x28u8).prop_map(|vector| Edit::Set(vector, 0)),
+        1 => (0x20..0x28u8, 1..3u8).prop_map(|(vector, vp)| Edit::Set(vector, vp)),
         4 => Just(Edit::Clear),
         4 => Just(Edit::Mask),
         8 => Just(Edit::Unmask),
@@ -61,7 +61,12 @@ fn steps() -> impl Strategy<Value = Step> {
         8 => (0..8usize).prop_map(Deed::Signal),
         1 => (0..8usize).prop_map(Deed::Consume),
     ];
-    let failing = prop_oneof![Just(BTreeSet::new()), btree_set(0..7usize, 1..5)];
+    let failing = prop_oneof![
+        3 => Just(BTreeSet::new()),
+        2 => btree_set(0..7usize, 1..5),
+        // A call of a quiesced push, after most of the disarming.
+        2 => (2..10usize).prop_map(|number| BTreeSet::from([number])),
+    ];
     (deed, failing, prop::bool::weighted(0.03)).prop_map(|(deed, failing, drain_fails)| Step {
         deed,
         failing,
