@@ -226,6 +226,7 @@ def test_a_device_without_permission_is_unavailable_and_the_error_says_so(
         pytest.param({"backend": "kvm", "device": 5}, TypeError, ".", id="device-int"),
         pytest.param({"backend": "simulated", "quiesce": "yes"}, TypeError, ".", id="quiesce-str"),
         pytest.param({"backend": "simulated", "allow_missing_vp": 2}, TypeError, ".", id="allow-int"),
+        pytest.param({"backend": "simulated", "preload": "yes"}, TypeError, ".", id="preload-str"),
         pytest.param({"backend": "simulated", "colour": 1}, TypeError, "colour", id="keyword"),
     ],
 )

@@ -449,7 +449,7 @@ def test_an_adopted_vm_loads_the_spare_gsis_that_it_is_given_and_no_others(vm: K
     ("options", "error", "words"),
     [
         pytest.param({"spare": range(60, 70)}, ValueError, r"range\(60, 70\) overlaps gsis range\(24, 64\)", id="gsis"),
-        pytest.param({"spare": range(90, 110)}, ValueError, r"range\(90, 110\) has GSI 100, which is in keep", id="kept"),
+        pytest.param({"spare": range(90, 110)}, ValueError, r"range\(90, 110\) has GSI 100.* in keep", id="kept"),
         pytest.param({"spare": range(4090, 4097)}, ValueError, r"range\(4090, 4097\) goes outside 0-4095", id="beyond"),
         pytest.param({"spare": range(20, 24)}, ValueError, r"spare range\(20, 24\) goes outside 24-4095", id="pins"),
         pytest.param(
@@ -498,7 +498,7 @@ def test_a_route_tells_its_own_gsi_and_the_one_where_it_is_armed(loaded: Guest) 
     route = loaded.partition.new_irqfd_route()
     assert route.armed_gsi is None
     route.set_msi(msi(0x41))
-    assert (route.gsi, route.armed_gsi) == (24, 24)
+    assert route.armed_gsi == route.gsi == 24
     route.set_msi(msi(0x42))
     assert route.gsi == 24
     assert route.armed_gsi in spare_entries(loaded.partition)
@@ -519,13 +519,6 @@ def test_the_gsi_of_a_route_is_its_parents_alone(loaded: Guest) -> None:
         in_child(route.signal)
         loaded.receives(msi(0x42))
         assert route.armed_gsi == place
-
-
-def test_preload_is_true_or_false(simulated: SimulatedGuest, backend: Backend) -> None:
-    assert simulated.partition.stats().entries_loaded == 0
-    wrong: Any = "yes"
-    with pytest.raises(TypeError):
-        backend.open(preload=wrong)
 
 
 def test_a_callers_eventfd_moves_as_the_packages_own_do(loaded: Guest, theirs: int) -> None:
