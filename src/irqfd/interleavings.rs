@@ -3,8 +3,8 @@
 //! `make interleavings` builds this with shuttle in place of the standard library's locks. Its kernel delivers as the
 //! real ones do: a write to an armed eventfd is an interrupt before the write returns, and arming leaves the counter.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::RawFd;
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, PoisonError};
 
 use shuttle::sync::Mutex;
@@ -18,17 +18,18 @@ use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, R
 struct Kernel {
     image: BTreeMap<u32, RawMsi>,
     table: BTreeMap<u32, RawMsi>,
-    armed: BTreeSet<u32>,
-    /// How many interrupts came, by GSI.
-    delivered: BTreeMap<u32, u32>,
+    /// The GSI of each irqfd, by the descriptor of its eventfd.
+    irqfds: BTreeMap<RawFd, u32>,
+    /// How many interrupts came, by the descriptor of the eventfd.
+    delivered: BTreeMap<RawFd, u32>,
     /// GSIs of which an arming is refused, once each, in this order.
     refused: VecDeque<u32>,
 }
 
 impl Kernel {
-    fn deliver(&mut self, gsi: u32) {
-        check(self.table.contains_key(&gsi), "an irqfd is armed without an entry");
-        *self.delivered.entry(gsi).or_default() += 1;
+    fn deliver(&mut self, fd: RawFd) {
+        check(self.table.contains_key(&self.irqfds[&fd]), "an irqfd is armed without an entry");
+        *self.delivered.entry(fd).or_default() += 1;
     }
 }
 
@@ -50,8 +51,9 @@ impl Guest {
     fn signal(&self, route: &IrqFdRoute) -> bool {
         self.kernel(|kernel| {
             let written = route.signal(1).is_ok();
-            if written && kernel.armed.contains(&route.gsi()) && route.shared().event.consume().unwrap() != 0 {
-                kernel.deliver(route.gsi());
+            let fd = fd_of(route);
+            if written && kernel.irqfds.contains_key(&fd) && route.shared().event.consume().unwrap() != 0 {
+                kernel.deliver(fd);
             }
             written
         })
@@ -69,7 +71,7 @@ impl Hypervisor for Guest {
 
     fn push(&mut self) -> CallResult<usize> {
         self.kernel(|kernel| {
-            check(kernel.armed.is_empty(), "a push meets an armed irqfd");
+            check(kernel.irqfds.is_empty(), "a push meets an armed irqfd");
             kernel.table = kernel.image.clone();
             Ok(kernel.table.len())
         })
@@ -82,16 +84,18 @@ impl Hypervisor for Guest {
                 kernel.refused.pop_front();
                 return Err(CallError::new(Operation::AssignIrqfd, "refused call", libc::ENOMEM));
             }
-            check(kernel.armed.insert(gsi), "an irqfd is armed twice");
+            let fd = event.event().as_raw_fd();
+            check(kernel.irqfds.insert(fd, gsi).is_none(), "an irqfd is armed twice");
             if event.event().is_readable().unwrap() {
-                kernel.deliver(gsi);
+                kernel.deliver(fd);
             }
             Ok(())
         })
     }
 
-    fn deassign(&mut self, gsi: u32, _: &EventFd) -> CallResult {
-        self.kernel(|kernel| check(kernel.armed.remove(&gsi), "an irqfd is disarmed twice"));
+    fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
+        let armed = self.kernel(|kernel| kernel.irqfds.remove(&event.as_raw_fd()));
+        check(armed == Some(gsi), "an irqfd is disarmed twice, or where it is not armed");
         Ok(())
     }
 
@@ -121,10 +125,23 @@ fn msi(vector: u8) -> MsiRoute {
     MsiRoute::new(0xFEE0_0000, vector.into()).unwrap()
 }
 
-/// A partition with so many armed routes.
+fn fd_of(route: &IrqFdRoute) -> RawFd {
+    route.shared().event.as_raw_fd()
+}
+
+/// A partition with so many armed routes, where every other message is a push.
 fn scene(count: u8) -> Scene {
+    scene_with(count, Vec::new())
+}
+
+/// A partition with so many armed routes, where every message is loaded.
+fn loaded_scene(count: u8) -> Scene {
+    scene_with(count, std::iter::once(100..400).collect())
+}
+
+fn scene_with(count: u8, spares: Vec<std::ops::Range<u32>>) -> Scene {
     let guest = Guest::default();
-    let config = Config::new(Backend::Mshv, 24..28);
+    let config = Config { spares, ..Config::new(Backend::Mshv, 24..28) };
     let partition = Partition::new(Box::new(guest.clone()), config).unwrap();
     partition.create_vp(0).unwrap();
     let routes: Vec<_> = (0..count).map(|_| Arc::new(partition.new_route(None).unwrap())).collect();
@@ -162,20 +179,20 @@ impl Scene {
     }
 
     fn delivered(&self, at: usize) -> u32 {
-        let gsi = self.routes[at].gsi();
-        self.guest.kernel(|kernel| kernel.delivered.get(&gsi).copied().unwrap_or_default())
+        let fd = fd_of(&self.routes[at]);
+        self.guest.kernel(|kernel| kernel.delivered.get(&fd).copied().unwrap_or_default())
     }
 
     /// What is said of every route is so in the kernel.
     fn check(&self) {
         let table: BTreeMap<_, _> = self.partition.routing_table().unwrap().into_iter().collect();
         for route in self.routes.iter().filter(|route| !route.is_closed()) {
-            let (gsi, wanted) = (route.gsi(), route.msi().unwrap().filter(|_| !route.masked().unwrap()));
+            let wanted = route.msi().unwrap().filter(|_| !route.masked().unwrap());
             self.guest.kernel(|kernel| {
                 assert_eq!(kernel.table, table);
-                assert_eq!(kernel.armed.contains(&gsi), wanted.is_some());
-                assert_eq!(route.armed().unwrap(), wanted.is_some());
-                assert!(wanted.is_none_or(|msi| table[&gsi] == msi.raw()));
+                let at = kernel.irqfds.get(&fd_of(route)).copied();
+                assert_eq!((at.is_some(), at), (wanted.is_some(), route.armed_gsi().unwrap()));
+                assert!(wanted.is_none_or(|msi| at.is_some_and(|at| table[&at] == msi.raw())));
             });
         }
     }
@@ -243,7 +260,7 @@ fn batches_in_any_order_and_a_closing_partition_end_with_nothing_armed() {
         together([scene.commit([0, 1], 0x51, true), scene.commit([1, 0], 0x61, true), close, make]);
         assert!(scene.routes.iter().all(|route| route.is_closed()));
         assert!(made.get().is_none_or(IrqFdRoute::is_closed), "made while the partition was closed, and left open");
-        assert!(scene.guest.kernel(|kernel| kernel.armed.is_empty()));
+        assert!(scene.guest.kernel(|kernel| kernel.irqfds.is_empty()));
     });
 }
 
@@ -273,7 +290,7 @@ fn a_route_closed_under_its_users_is_closed_and_the_others_work() {
         scene.check();
         assert!(scene.routes[0].is_closed());
         let gsi = scene.routes[0].gsi();
-        assert!(scene.guest.kernel(|kernel| !kernel.armed.contains(&gsi)));
+        assert!(scene.guest.kernel(|kernel| !kernel.irqfds.values().any(|at| *at == gsi)));
         assert_eq!(scene.partition.new_route(None).unwrap().gsi(), gsi);
         assert!(scene.guest.signal(&scene.routes[1]));
         assert_eq!(scene.delivered(1), 1);
@@ -303,7 +320,7 @@ fn what_two_locks_guard_is_published_whole() {
         scene.guest.kernel(|kernel| kernel.refused = VecDeque::from([refused, gsi]));
         let fail = Box::new(move || assert!(other.set_msi(msi(0x71)).is_err()));
         together([fail, scene.act(0, |route| route.set_msi(msi(0x51)).unwrap())]);
-        let armed = scene.guest.kernel(|kernel| kernel.armed.contains(&gsi));
+        let armed = scene.guest.kernel(|kernel| kernel.irqfds.values().any(|at| *at == gsi));
         assert_eq!(scene.routes[0].armed().unwrap(), armed);
         assert_eq!(scene.routes[0].msi().unwrap(), Some(msi(0x51)));
     });
@@ -316,5 +333,43 @@ fn a_route_told_two_things_at_once_is_as_one_of_them_said() {
         together([0x51, 0x52].map(|vector| scene.act(0, move |route| route.set_msi(msi(vector)).unwrap())));
         scene.check();
         assert!([0x51, 0x52].contains(&scene.routes[0].msi().unwrap().unwrap().vector()));
+    });
+}
+
+#[test]
+fn routes_that_move_among_loaded_messages_lose_no_signal_and_make_no_push() {
+    tried(|| {
+        let scene = loaded_scene(2);
+        let pushes = scene.partition.stats().unwrap().pushes;
+        let mask = scene.act(1, |route| {
+            route.mask().unwrap();
+            route.unmask().unwrap();
+        });
+        together([
+            scene.act(0, |route| route.set_msi(msi(0x52)).unwrap()),
+            scene.act(0, |route| route.set_msi(msi(0x42)).unwrap()),
+            mask,
+            scene.signal(0),
+            scene.signal(1),
+        ]);
+        scene.check();
+        assert_eq!(scene.partition.stats().unwrap().pushes, pushes);
+        assert_eq!([scene.delivered(0), scene.delivered(1)], [1, 1]);
+    });
+}
+
+#[test]
+fn two_routes_that_come_to_one_message_and_leave_it_share_its_entry() {
+    tried(|| {
+        let scene = loaded_scene(2);
+        let there_and_back = |at: usize| {
+            scene.act(at, move |route| {
+                route.set_msi(msi(0x60)).unwrap();
+                route.set_msi(msi(0x70 + at as u8)).unwrap();
+            })
+        };
+        together([there_and_back(0), there_and_back(1), scene.signal(0), scene.signal(1)]);
+        scene.check();
+        assert_eq!([scene.delivered(0), scene.delivered(1)], [1, 1]);
     });
 }

@@ -104,7 +104,8 @@ def check(guest: Guest, *routes: IrqFdRoute) -> None:
         route.signal()
         assert route.pending is not armed
         if armed and route.msi is not None:
-            assert table[route.gsi] == (route.msi.address, route.msi.data)
+            assert route.armed_gsi is not None
+            assert table[route.armed_gsi] == (route.msi.address, route.msi.data)
             guest.receives(route.msi)
         else:
             guest.receives_nothing()

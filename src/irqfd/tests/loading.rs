@@ -1,5 +1,10 @@
 //! The kernel's table as a cache: places of messages, pushes that load, and entries that are replaced.
 
+use std::ops::Range;
+
+use super::super::config::other_gsis;
+use super::super::plan::Change;
+use super::super::shared::Intent;
 use super::*;
 
 const LOADED: Setup = SETUPS[2];
@@ -140,6 +145,24 @@ fn a_masked_route_keeps_its_place_so_that_unmasking_pushes_nothing() {
 }
 
 #[test]
+fn a_route_that_is_cleared_or_closed_gives_up_its_spare_gsi() {
+    let leave: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::clear_msi, IrqFdRoute::close];
+    for leave in leave {
+        let (partition, recorder, routes) = armed(LOADED, 2);
+        routes.iter().for_each(|route| route.set_msi(msi(0x99)).unwrap());
+        let place = routes[0].armed_gsi().unwrap().unwrap();
+        let is_replaceable = || partition.lock().entries.is_replaceable(place);
+        leave(&routes[0]).unwrap();
+        assert!(!is_replaceable(), "the other route is there");
+        routes[1].mask().unwrap();
+        assert!(!is_replaceable(), "masked, it keeps its place");
+        leave(&routes[1]).unwrap();
+        assert!(is_replaceable());
+        check_rules(&partition, &recorder, &routes, "both have left");
+    }
+}
+
+#[test]
 fn a_failed_push_loads_nothing_and_the_next_one_takes_nothing_along() {
     let (partition, recorder) = partition_of(LOADED);
     let route = partition.new_route(None).unwrap();
@@ -222,7 +245,7 @@ fn where_a_push_is_cheaper_again_the_loaded_entries_leave_with_it() {
 
 #[test]
 fn spare_gsis_that_are_in_other_use_or_too_many_are_refused() {
-    let make = |gsis: std::ops::Range<u32>, spares: std::ops::Range<u32>, backend: Backend| {
+    let make = |gsis: Range<u32>, spares: Range<u32>, backend: Backend| {
         let keep = vec![(3000, msi(0x41).raw())];
         let spares = vec![spares; 1];
         let config = Config { adopted: true, keep, spares, ..Config::new(backend, gsis) };
@@ -237,6 +260,59 @@ fn spare_gsis_that_are_in_other_use_or_too_many_are_refused() {
     ] {
         let refused = make(gsis, spares, Backend::Mshv).unwrap_err();
         assert!(refused.contains(words), "{refused}");
+    }
+}
+
+#[test]
+fn a_gsi_that_is_spare_twice_is_refused() {
+    let config = Config { spares: vec![40..50, 60..70, 49..51], ..Config::new(Backend::Mshv, 24..32) };
+    let refused = Partition::new(Box::new(Recorder::default()), config).unwrap_err().to_string();
+    assert!(refused.contains("spare range(49, 51) overlaps spare range(40, 50)"), "{refused}");
+}
+
+#[test]
+fn spare_gsis_are_as_many_as_fit_beside_the_pins() {
+    let spare = |gsis: Range<u32>, pins| {
+        let spares = other_gsis(&gsis);
+        let found = Config { spares, ..Config::new(Backend::Kvm, gsis) }.spare_gsis(pins);
+        (found.first().copied(), found.last().copied(), found.len())
+    };
+    assert_eq!(spare(24..2072, true), (Some(2072), Some(4079), 2008));
+    assert_eq!(spare(24..2072, false), (Some(2072), Some(4095), 2024));
+    assert_eq!(spare(24..4080, true), (None, None, 0));
+    assert_eq!(spare(24..4079, true), (Some(4079), Some(4079), 1));
+    assert_eq!(spare(4095..4096, true), (Some(24), Some(4078), 4055));
+    assert_eq!(spare(0..4096, false), (None, None, 0));
+    assert_eq!(spare(4095..4096, false), (Some(24), Some(4094), 4071));
+}
+
+#[test]
+fn ranges_of_gsis_at_the_edges_work_with_every_other_gsi_spare() {
+    let mshv = [0..4096, 24..4096, 4095..4096, 10..12].map(|gsis| (Backend::Mshv, gsis));
+    for (backend, gsis) in mshv.into_iter().chain([24..4090, 4094..4096].map(|gsis| (Backend::Kvm, gsis))) {
+        let recorder = Recorder::default();
+        let config =
+            Config { spares: other_gsis(&gsis), entries_per_move: 0, ..Config::new(backend, gsis.clone()) };
+        let partition = Partition::new(Box::new(recorder.clone()), config).unwrap();
+        (0..4).for_each(|vp| partition.create_vp(vp).unwrap());
+        recorder.kernel().quiesced = partition.config().quiesce;
+        let routes: Vec<_> = (0..gsis.len().min(2)).map(|_| partition.new_route(None).unwrap()).collect();
+        for round in 0..3 {
+            for (route, vp) in routes.iter().zip(0..) {
+                route.set_msi(to(0x41 + round, vp + round)).unwrap();
+                route.mask().unwrap();
+                route.unmask().unwrap();
+            }
+        }
+        let table = recorder.kernel().table.clone();
+        assert!(
+            table.keys().all(|gsi| gsis.contains(gsi) || *gsi >= 24),
+            "the IOAPIC's pins are nobody's spare GSIs"
+        );
+        assert_eq!(table.len() > 2, !matches!(gsis, Range { start: 0..=24, end: 4096 }), "{gsis:?}");
+        check_rules(&partition, &recorder, &routes, &format!("{gsis:?}"));
+        drop(routes);
+        partition.lock().check();
     }
 }
 
@@ -260,7 +336,7 @@ fn a_push_that_fails_brings_nobody_home() {
     for (route, vector) in routes.iter().zip([0x90, 0x80]) {
         route.set_msi(msi(vector)).unwrap();
     }
-    let held = |kernel: &Kernel| (kernel.irqfds.clone(), kernel.table.clone());
+    let held = |kernel: &Kernel| (kernel.irqfds.clone(), kernel.table.clone(), kernel.image.clone());
     let before = held(&recorder.kernel());
     // Four irqfds are disarmed, and the push fails.
     recorder.fail([4]);
@@ -351,56 +427,131 @@ fn a_move_that_fails_gives_its_place_up_again() {
 }
 
 #[test]
-fn a_route_that_is_closed_or_cleared_gives_its_place_up() {
-    let give_up: [fn(&IrqFdRoute) -> Result; 2] = [IrqFdRoute::close, IrqFdRoute::clear_msi];
-    for give_up in give_up {
-        let (partition, recorder, route) = full();
-        let others: Vec<_> = (0..3).map(|_| partition.new_route(None).unwrap()).collect();
-        for (other, number) in others.iter().zip(11..) {
-            [number, number + 10].into_iter().for_each(|number| other.set_msi(nmi(number)).unwrap());
-            assert!(other.armed_gsi().unwrap() >= Some(2000));
-            give_up(other).unwrap();
+fn a_route_that_breaks_while_its_change_waits_for_the_partition_is_refused() {
+    for setup in [LOADED, FEW] {
+        let (partition, recorder, routes) = armed(setup, 3);
+        routes[1].set_msi(msi(0x61)).unwrap();
+        let place = routes[1].armed_gsi().unwrap().unwrap();
+        assert!(place >= FIRST_SPARE);
+        std::thread::scope(|scope| {
+            let mut state = partition.lock();
+            let late = scope.spawn(|| routes[1].set_msi(msi(0x62)));
+            while !partition.is_awaited() {
+                std::thread::yield_now();
+            }
+            // Another route's push finds the eventfd closed. The change that waits has seen its route in order.
+            recorder.kernel().closed_events.insert(fd_of(&routes[1]));
+            let wanted = Intent { msi: Some(nmi(1)), ..Intent::default() };
+            state.apply(&mut [Change::to(0, wanted)]).unwrap();
+            drop(state);
+            assert!(matches!(late.join().unwrap(), Err(Error::Broken(25))));
+        });
+        assert_eq!(routes[1].state().unwrap(), GsiState::Broken);
+        let at = recorder.kernel().irqfds[&fd_of(&routes[1])];
+        assert_eq!((at, recorder.kernel().table[&at]), (place, msi(0x61).raw()));
+        partition.lock().check();
+        recorder.kernel().closed_events.clear();
+        routes[1].close().unwrap();
+        partition.lock().check();
+    }
+}
+
+#[test]
+fn a_likely_message_whose_entry_a_miss_replaces_is_loaded_elsewhere() {
+    let (partition, recorder, routes) = armed(Setup { spares: 300, ..LOADED }, 1);
+    // 240 of 300 spare GSIs hold what is likely. These messages have no vector, and take the others and more.
+    let mut others: Vec<_> = (0..4).map(|_| partition.new_route(None).unwrap()).collect();
+    for number in 1..=70 {
+        others[0].set_msi(nmi(number)).unwrap();
+        others.rotate_left(1);
+    }
+    let kernel = recorder.kernel();
+    let there: Vec<_> = kernel.table.range(FIRST_SPARE..).map(|(_, msi)| *msi).collect();
+    let missing: Vec<_> = (16..=255).filter(|vector| !there.contains(&msi(*vector).raw())).collect();
+    assert_eq!(missing, Vec::<u8>::new());
+    drop(kernel);
+    check_rules(&partition, &recorder, &routes, "after many misses");
+}
+
+#[test]
+fn a_push_made_anyway_changes_entries_in_place_of_those_alone_that_are_armed_at_their_own_gsis() {
+    let (partition, recorder, routes) = armed(Setup { quiesce: false, spares: 300, entries_per_move: 2 }, 4);
+    routes[0].set_msi(msi(0x99)).unwrap();
+    let spare = |vector| partition.lock().entries.spare_of(msi(vector).raw()).unwrap();
+    let (from, to) = (spare(0x99), spare(0x9A));
+    assert_eq!(recorder.taken(), [Deassign(24), Assign(from)]);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    batch.set_msi(&routes[0], msi(0x9A));
+    batch.set_msi(&routes[1], msi(0x9B));
+    batch.set_msi(&routes[2], nmi(1));
+    batch.commit().unwrap();
+    let calls = recorder.taken();
+    assert!(matches!(calls[..], [Deassign(_), Push(_), Assign(_)]), "{calls:?}");
+    assert_eq!((&calls[0], &calls[2], spare(0x9A)), (&Deassign(from), &Assign(to), to));
+    assert_eq!([1, 2].map(|at| routes[at].armed_gsi().unwrap()), [Some(25), Some(26)]);
+    check_rules(&partition, &recorder, &routes, "one miss and two hits");
+}
+
+#[test]
+fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_bring_others_home() {
+    for broken_before in [false, true] {
+        let (partition, recorder, routes) = armed(FEW, 4);
+        routes[0].set_msi(nmi(9)).unwrap();
+        let (place, fd) = (routes[0].armed_gsi().unwrap().unwrap(), fd_of(&routes[0]));
+        assert!(place >= FIRST_SPARE);
+        recorder.kernel().closed_events.insert(fd);
+        if broken_before {
+            assert!(routes[0].close().is_err());
         }
-        [31, 32, 33].into_iter().for_each(|number| route.set_msi(nmi(number)).unwrap());
-        assert_eq!(loaded(&recorder), [nmi(31), nmi(32), nmi(33)].map(MsiRoute::raw));
-        check_rules(&partition, &recorder, &[route], "all are replaced");
+        for (at, vector) in [(1, 0x80), (2, 0x70), (3, 0x60), (1, 0x81), (2, 0x71)] {
+            routes[at].set_msi(msi(vector)).unwrap();
+            let kernel = recorder.kernel();
+            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, nmi(9).raw()));
+            drop(kernel);
+            check_rules(&partition, &recorder, &routes, "another route has missed");
+        }
+        assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+        // The others were brought home on the way.
+        assert!(routes[1..].iter().filter(|route| route.armed_gsi().unwrap() < Some(FIRST_SPARE)).count() >= 2);
     }
 }
 
-/// A partition with three spare GSIs, of which two are taken by the first two of four routes.
-fn most_spares_taken() -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
+#[test]
+fn a_broken_route_that_a_later_push_disarms_gives_up_its_spare_gsi() {
     let (partition, recorder, routes) = armed(FEW, 4);
-    for (route, vector) in routes.iter().zip([0x90, 0x80]) {
-        route.set_msi(msi(vector)).unwrap();
-        assert!(route.armed_gsi().unwrap() >= Some(2000));
-    }
-    recorder.taken();
-    (partition, recorder, routes)
+    routes[0].set_msi(msi(0x90)).unwrap();
+    let place = routes[0].armed_gsi().unwrap().unwrap();
+    recorder.fail([0]);
+    assert!(routes[0].close().is_err());
+    assert_eq!(recorder.kernel().armed().len(), 4);
+    routes[1].set_msi(msi(0x80)).unwrap();
+    assert_eq!(recorder.kernel().armed().len(), 3, "the push disarmed it");
+    check_rules(&partition, &recorder, &routes, "disarmed after all");
+    assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Broken);
+    (0x60..0x68).for_each(|vector| routes[1].set_msi(msi(vector)).unwrap());
+    assert_ne!(recorder.kernel().table[&place], msi(0x90).raw(), "its spare GSI is used again");
+    assert!(!recorder.kernel().table.contains_key(&24));
 }
 
 #[test]
-fn a_call_that_fails_after_its_push_leaves_at_home_whom_the_push_brought_there() {
-    let (partition, recorder, routes) = most_spares_taken();
-    // Four irqfds are disarmed, the table is pushed, and the first arming fails.
+fn an_arming_that_fails_after_others_were_brought_home_leaves_them_there_and_its_route_where_it_was() {
+    let (partition, recorder, routes) = armed(FEW, 4);
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    for (route, number) in routes.iter().zip([9, 9, 8]) {
+        batch.set_msi(route, nmi(number));
+    }
+    batch.commit().unwrap();
+    let shared = routes[1].armed_gsi().unwrap();
+    assert!(shared >= Some(FIRST_SPARE) && shared == routes[0].armed_gsi().unwrap());
+    // The second route takes the last spare GSI, so the first and the third go home. The first leaves the second alone at
+    // a GSI that it needs again, and the third leaves one that is loaded at once.
+    let left = routes[2].armed_gsi().unwrap().unwrap();
     recorder.fail([5]);
-    let Err(Error::Failed(failure)) = routes[2].set_msi(msi(0x70)) else { panic!("no failure") };
-    assert_eq!((failure.broken, failure.disarmed), (vec![], vec![]));
-    let places = routes.iter().map(|route| route.armed_gsi().unwrap());
-    assert_eq!(places.collect::<Vec<_>>(), [Some(24), Some(25), Some(26), Some(27)]);
-    check_rules(&partition, &recorder, &routes, "armed at home");
-}
-
-#[test]
-fn a_route_that_cannot_be_disarmed_is_not_brought_home() {
-    let (partition, recorder, routes) = most_spares_taken();
-    let place = routes[1].armed_gsi().unwrap().unwrap();
-    recorder.kernel().closed_event = Some(place);
-    routes[2].set_msi(msi(0x70)).unwrap();
-    assert_eq!(routes[1].state().unwrap(), GsiState::Broken);
-    assert_eq!(routes[0].armed_gsi().unwrap(), Some(24));
-    for vector in 0xA0..0xB0 {
-        routes[3].set_msi(msi(vector)).unwrap();
-        assert_eq!(recorder.kernel().table[&place], msi(0x80).raw(), "its irqfd may still be there");
-    }
-    check_rules(&partition, &recorder, &routes, "one was left at its spare GSI");
+    recorder.taken();
+    assert!(routes[1].set_msi(msi(0x80)).is_err());
+    assert!(matches!(recorder.taken()[4..6], [Push(_), Assign(FIRST_SPARE..)]));
+    let places: Vec<_> = routes.iter().map(|route| route.armed_gsi().unwrap()).collect();
+    assert_eq!(places, [Some(24), shared, Some(26), Some(27)]);
+    assert_ne!(recorder.kernel().table[&left], nmi(8).raw());
+    check_rules(&partition, &recorder, &routes, "arming failed");
 }
