@@ -944,12 +944,13 @@ fn every_call_is_counted_and_every_push_that_was_not_needed() {
 #[test]
 fn a_forked_child_is_refused_before_any_lock() {
     type Use = fn(&Arc<Partition>, &IrqFdRoute) -> Result;
-    let uses: [(&str, Use); 18] = [
+    let uses: [(&str, Use); 19] = [
         ("set_msi", |_, route| route.set_msi(msi(0x42))),
         ("clear_msi", |_, route| route.clear_msi()),
         ("mask", |_, route| route.mask()),
         ("unmask", |_, route| route.unmask()),
         ("state", |_, route| route.state().map(drop)),
+        ("armed_gsi", |_, route| route.armed_gsi().map(drop)),
         ("pending", |_, route| route.pending().map(drop)),
         ("take_pending", |_, route| route.take_pending().map(drop)),
         ("close of the route", |_, route| route.close()),

@@ -216,6 +216,23 @@ fn where_a_push_is_cheaper_than_a_move_the_table_stays_small_and_entries_change_
 }
 
 #[test]
+fn one_push_is_made_in_place_of_moves_that_would_take_longer() {
+    let (partition, recorder, routes) = armed(Setup { quiesce: false, spares: 3, entries_per_move: 2 }, 3);
+    assert_eq!(loaded(&recorder), [0x44, 0x45, 0x46].map(|vector| msi(vector).raw()));
+    let batch = |edits: &[(usize, u8)]| {
+        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+        edits.iter().for_each(|(at, vector)| batch.set_msi(&routes[*at], msi(*vector)));
+        batch.commit().unwrap();
+        recorder.taken()
+    };
+    // Six entries: one push takes as long as three moves.
+    assert!(matches!(batch(&[(0, 0x44), (1, 0x45)])[..], [Deassign(_), Deassign(_), Assign(2000), Assign(2001)]));
+    batch(&[(0, 0x41), (1, 0x42)]);
+    assert!(matches!(batch(&[(0, 0x44), (1, 0x45), (2, 0x46)])[..], [Push(_)]));
+    check_rules(&partition, &recorder, &routes, "changed in place");
+}
+
+#[test]
 fn where_a_push_is_cheaper_again_the_loaded_entries_leave_with_it() {
     let setup = Setup { quiesce: false, spares: 300, entries_per_move: 2 };
     let (partition, recorder, mut routes) = armed(setup, 4);
@@ -328,6 +345,85 @@ fn a_push_that_fails_brings_nobody_home() {
     recorder.fail([]);
     routes[2].set_msi(msi(0x70)).unwrap();
     check_rules(&partition, &recorder, &routes, "after the next push");
+}
+
+/// A partition with three spare GSIs, which have the messages 2, 3 and 4, and a route armed at its own with message 1.
+/// The entries were used in that order, and nothing is likely next.
+fn full() -> (Arc<Partition>, Recorder, IrqFdRoute) {
+    let (partition, recorder) = partition_of(FEW);
+    let route = partition.new_route(None).unwrap();
+    [1, 2, 3, 4, 1].into_iter().for_each(|number| route.set_msi(nmi(number)).unwrap());
+    assert_eq!(loaded(&recorder), [nmi(2), nmi(3), nmi(4)].map(MsiRoute::raw));
+    recorder.taken();
+    (partition, recorder, route)
+}
+
+/// The messages at spare GSIs.
+fn loaded(recorder: &Recorder) -> Vec<RawMsi> {
+    recorder.kernel().table.range(2000..).map(|(_, msi)| *msi).collect()
+}
+
+#[test]
+fn a_message_whose_entry_was_replaced_is_pushed_again() {
+    let (partition, recorder, route) = full();
+    route.set_msi(nmi(5)).unwrap();
+    assert_eq!(loaded(&recorder), [nmi(5), nmi(3), nmi(4)].map(MsiRoute::raw));
+    recorder.taken();
+    route.set_msi(nmi(2)).unwrap();
+    assert_eq!(pushes(&recorder.taken()), 1);
+    check_rules(&partition, &recorder, &[route], "a replaced message is back");
+}
+
+#[test]
+fn closing_one_of_the_routes_that_share_leaves_the_entry_to_the_others() {
+    let (partition, recorder, first) = full();
+    let second = partition.new_route(None).unwrap();
+    [6, 2].into_iter().for_each(|number| second.set_msi(nmi(number)).unwrap());
+    first.set_msi(nmi(2)).unwrap();
+    assert_eq!((first.armed_gsi().unwrap(), second.armed_gsi().unwrap()), (Some(2000), Some(2000)));
+    first.close().unwrap();
+    let third = partition.new_route(None).unwrap();
+    (7..14).for_each(|number| third.set_msi(nmi(number)).unwrap());
+    assert_eq!(second.armed_gsi().unwrap(), Some(2000));
+    check_rules(&partition, &recorder, &[second, third], "all other entries are replaced");
+}
+
+#[test]
+fn a_place_found_in_a_batch_is_not_replaced_by_the_same_batch() {
+    let (partition, recorder, first) = full();
+    let second = partition.new_route(None).unwrap();
+    second.set_msi(nmi(6)).unwrap();
+    let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
+    batch.set_msi(&first, nmi(2));
+    batch.set_msi(&second, nmi(7));
+    batch.commit().unwrap();
+    assert_eq!(loaded(&recorder), [nmi(2), nmi(7), nmi(4)].map(MsiRoute::raw));
+    check_rules(&partition, &recorder, &[first, second], "one found, one replaced");
+}
+
+#[test]
+fn a_push_that_fails_replaces_no_entry() {
+    let (partition, recorder, first) = full();
+    recorder.fail([1]);
+    assert!(first.set_msi(nmi(5)).is_err());
+    recorder.taken();
+    first.set_msi(nmi(2)).unwrap();
+    assert!(matches!(recorder.taken()[..], [Deassign(24), Assign(2000)]));
+    let second = partition.new_route(None).unwrap();
+    second.set_msi(nmi(6)).unwrap();
+    assert_eq!(loaded(&recorder), [nmi(2), nmi(3), nmi(4)].map(MsiRoute::raw));
+    check_rules(&partition, &recorder, &[first, second], "after the next push");
+}
+
+#[test]
+fn a_move_that_fails_gives_its_place_up_again() {
+    let (partition, recorder, route) = full();
+    recorder.fail([1]);
+    assert!(route.set_msi(nmi(2)).is_err());
+    [5, 6, 7].into_iter().for_each(|number| route.set_msi(nmi(number)).unwrap());
+    // Trying was the latest use of message 2, so its entry is the last to be replaced.
+    assert_eq!(loaded(&recorder), [nmi(7), nmi(5), nmi(6)].map(MsiRoute::raw));
+    check_rules(&partition, &recorder, &[route], "all are replaced");
 }
 
 #[test]
