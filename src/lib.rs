@@ -45,7 +45,7 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::python::bench::{Baseline, null_partition};
+    use crate::python::bench::{Baseline, null_partition, signal_latencies};
     #[pymodule_export]
     use crate::python::{
         event::EventFd, msi::MsiRoute, objects::Batch, objects::IoEventFd, objects::IrqFdRoute, objects::Partition,

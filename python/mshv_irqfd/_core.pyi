@@ -1,6 +1,6 @@
 """The Rust half of `mshv_irqfd`; import that, not this."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Final, Protocol, Self, final, overload, type_check_only
@@ -24,6 +24,7 @@ __all__: Final = [
     "Partition",
     "RawPartition",
     "null_partition",
+    "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
 
@@ -698,10 +699,10 @@ class RawPartition:
 
 @final
 class Baseline:
-    """A design of `src/instruments` on a partition of its own, with one VP.
+    """A design of `src/instruments` on a partition of its own, with four VPs.
 
     Args:
-        design: "floor", "floor-quiesced" or "rebuild".
+        design: "floor", "floor-quiesced", "floor-move" or "rebuild".
         backend: "mshv", "kvm", "simulated" or "null".
         routes: the number of routes.
     """
@@ -713,5 +714,14 @@ class Baseline:
     def close(self) -> None:
         """Closes the partition."""
 
-def null_partition(gsis: range) -> Partition:
-    """A partition whose kernel does nothing, with one VP."""
+def null_partition(gsis: range, *, preload: bool) -> Partition:
+    """A partition whose kernel does nothing, with four VPs."""
+
+def signal_latencies(
+    routes: Sequence[IrqFdRoute], moved: IrqFdRoute | None, msis: Sequence[MsiRoute], seconds: float
+) -> tuple[list[int], int, int]:
+    """Signals routes in turn, and times each signal until its delivery, while another thread sets MSIs on `moved`.
+
+    Returns:
+        The nanoseconds of each signal, the number of late ones, and the number of MSIs set.
+    """

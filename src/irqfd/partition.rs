@@ -206,6 +206,10 @@ impl Partition {
         if state.closing {
             return Err(closed());
         }
+        // Seen again under the lock: another route's push may have found a route's eventfd closed since.
+        if let Some(change) = changes.iter().find(|change| state.slots[change.index].broken) {
+            return Err(Error::Broken(state.gsi(change.index)));
+        }
         if let Some(vps) = state.vps.filter(|_| !self.config.allow_missing_vp) {
             for change in &*changes {
                 self.check_vp(&vps, change)?;

@@ -42,8 +42,8 @@ struct Kernel {
     /// Eventfds that could not be disarmed: a push may meet those.
     stuck: BTreeSet<RawFd>,
     violations: Vec<String>,
-    /// The GSI whose eventfd somebody else has closed.
-    closed_event: Option<u32>,
+    /// The eventfds that somebody else has closed.
+    closed_events: BTreeSet<RawFd>,
     drain_fails: bool,
     /// How many armings there were of which nobody has taken what they left in the counter.
     undrained: usize,
@@ -111,6 +111,12 @@ impl Hypervisor for Recorder {
         let entries = kernel.image.iter().map(|(gsi, msi)| (*gsi, msi.data as u8)).collect();
         let met = kernel.quiesced && !kernel.irqfds.keys().all(|fd| kernel.stuck.contains(fd));
         kernel.check(!met, "no push meets an armed irqfd");
+        // Without quiescing, an entry may change under an irqfd that is armed at its route's own GSI.
+        let changed = kernel
+            .armed()
+            .into_iter()
+            .find(|gsi| kernel.image.get(gsi) != kernel.table.get(gsi) && (kernel.quiesced || *gsi >= FIRST_SPARE));
+        kernel.check(changed.is_none(), "no push changes the entry of an armed irqfd that it must not change");
         kernel.call(Operation::SetMsiRouting, Push(entries))?;
         kernel.table = kernel.image.clone();
         let routed = kernel.armed().iter().all(|gsi| kernel.table.contains_key(gsi));
@@ -124,6 +130,9 @@ impl Hypervisor for Recorder {
         let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.irqfds.contains_key(&fd));
         kernel.check(routed, "armed implies routed");
         kernel.check(!twice, "an irqfd is assigned once");
+        if kernel.closed_events.contains(&fd) {
+            return Err(CallError::new(Operation::AssignIrqfd, "recorded call", libc::EBADF));
+        }
         kernel.call(Operation::AssignIrqfd, Assign(gsi))?;
         kernel.irqfds.insert(fd, gsi);
         kernel.undrained += 1;
@@ -138,7 +147,7 @@ impl Hypervisor for Recorder {
         let fd = event.as_raw_fd();
         let armed = kernel.irqfds.get(&fd) == Some(&gsi);
         kernel.check(armed, "only an armed irqfd is disarmed");
-        if kernel.closed_event == Some(gsi) {
+        if kernel.closed_events.contains(&fd) {
             kernel.stuck.insert(fd);
             return Err(CallError::new(Operation::DeassignIrqfd, "recorded call", libc::EBADF));
         }
@@ -194,6 +203,9 @@ struct Setup {
     entries_per_move: usize,
 }
 
+/// The first spare GSI of a partition that has any.
+const FIRST_SPARE: u32 = 2000;
+
 const SETUPS: [Setup; 7] = [
     Setup { quiesce: false, spares: 0, entries_per_move: 64 },
     Setup { quiesce: true, spares: 0, entries_per_move: 0 },
@@ -215,7 +227,7 @@ fn partition_of(setup: Setup) -> (Arc<Partition>, Recorder) {
     let backend = if quiesce { Backend::Mshv } else { Backend::Kvm };
     let config = Config {
         quiesce,
-        spares: (spares > 0).then_some(2000..2000 + spares).into_iter().collect(),
+        spares: (spares > 0).then_some(FIRST_SPARE..FIRST_SPARE + spares).into_iter().collect(),
         entries_per_move,
         ..Config::new(backend, 24..32)
     };
@@ -495,9 +507,13 @@ fn check_rules_of<'a>(
     context: &str,
 ) {
     let table: BTreeMap<_, _> = partition.routing_table().unwrap().into_iter().collect();
+    let state = partition.lock();
     let kernel = recorder.kernel();
     assert_eq!(kernel.violations, Vec::<String>::new(), "{context}");
     assert_eq!(table, kernel.table, "{context}: our record is what the kernel holds");
+    state.check();
+    let image: BTreeMap<_, _> = state.entries.image_table().collect();
+    assert_eq!(image, kernel.image, "{context}: the image is what the next push brings");
     assert_eq!(kernel.undrained, 0, "{context}: what arming leaves is drained");
     for route in routes.into_iter().filter(|route| !route.is_closed()) {
         let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
@@ -839,7 +855,7 @@ fn clearing_and_setting_the_same_msi_for_ever_takes_no_memory() {
 fn an_eventfd_closed_behind_our_back_breaks_its_own_route_and_no_other() {
     let (partition, recorder) = partition(true);
     let all = routes(&partition, &recorder, 3);
-    recorder.kernel().closed_event = Some(25);
+    recorder.kernel().closed_events.insert(fd_of(&all[1]));
     all[0].set_msi(msi(0x71)).unwrap();
     assert_eq!(all[1].state().unwrap(), GsiState::Broken);
     assert!(all[0].armed().unwrap() && all[2].armed().unwrap());
@@ -944,12 +960,13 @@ fn every_call_is_counted_and_every_push_that_was_not_needed() {
 #[test]
 fn a_forked_child_is_refused_before_any_lock() {
     type Use = fn(&Arc<Partition>, &IrqFdRoute) -> Result;
-    let uses: [(&str, Use); 18] = [
+    let uses: [(&str, Use); 19] = [
         ("set_msi", |_, route| route.set_msi(msi(0x42))),
         ("clear_msi", |_, route| route.clear_msi()),
         ("mask", |_, route| route.mask()),
         ("unmask", |_, route| route.unmask()),
         ("state", |_, route| route.state().map(drop)),
+        ("armed_gsi", |_, route| route.armed_gsi().map(drop)),
         ("pending", |_, route| route.pending().map(drop)),
         ("take_pending", |_, route| route.take_pending().map(drop)),
         ("close of the route", |_, route| route.close()),

@@ -241,6 +241,13 @@ class Backend:
         """Whether pushes are quiesced by default."""
         return self.name != "kvm"
 
+    def loads(self, *, quiesce: bool | None = None) -> bool:
+        """Whether pushes load spare GSIs while there are few routes.
+
+        On KVM a push is cheaper than a move then, so it loads them only if pushes are quiesced.
+        """
+        return self.quiesces or bool(quiesce)
+
     @property
     def takes_broadcast(self) -> bool:
         return self.name == "kvm"

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from modes import in_both_modes
 from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
 from support import PATIENCE, msi, refusal, still_works
 
@@ -68,6 +69,7 @@ LONG: dict[str, Callable[[Partition, list[IrqFdRoute], int], object]] = {
 
 
 @pytest.mark.parametrize("operation", LONG.values(), ids=LONG)
+@in_both_modes
 @pytest.mark.usefixtures("unforced")
 def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
     guest: Guest, operation: Callable[[Partition, list[IrqFdRoute], int], object]
@@ -95,6 +97,7 @@ def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
         route.close()
 
 
+@in_both_modes
 @pytest.mark.usefixtures("unforced")
 def test_the_interpreter_runs_on_while_a_batch_is_committed(guest: Guest) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(200)]
