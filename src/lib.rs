@@ -48,7 +48,8 @@ mod _core {
     use crate::python::bench::{Baseline, null_partition, signal_latencies};
     #[pymodule_export]
     use crate::python::{
-        event::EventFd, msi::MsiRoute, objects::Batch, objects::IrqFdRoute, objects::Partition, probe::RawPartition,
+        event::EventFd, msi::MsiRoute, objects::Batch, objects::IoEventFd, objects::IrqFdRoute, objects::Partition,
+        probe::RawPartition,
     };
 
     #[pymodule_init]

@@ -4,6 +4,7 @@
 mod arguments;
 mod batch;
 pub(crate) mod bench;
+mod doorbell;
 pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;

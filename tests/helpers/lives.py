@@ -29,6 +29,10 @@ def closed(backend: Backend) -> None:
         view = route.event
         view.signal()
         view.close()
+        with partition.ioeventfd(0xD0000000, 4) as doorbell, doorbell.event as kick:
+            doorbell.signal()
+            assert kick.consume() == 1
+        assert partition.signal_msi(msi(0x43))
         assert partition.routes == [route, other]
 
 
@@ -49,7 +53,7 @@ def dropped(backend: Backend) -> None:
 def in_a_cycle(backend: Backend) -> None:
     partition = backend.open()
     ring: list[Any] = [partition, partition.new_irqfd_route(), partition.batch(), EventFd()]
-    ring += [ring, ring[1].event]
+    ring += [ring, ring[1].event, partition.ioeventfd(0xD0000000, 4)]
     ring[1].set_msi(msi(0x41))
 
 

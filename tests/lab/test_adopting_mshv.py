@@ -50,6 +50,19 @@ def test_an_adopted_partition_receives_the_interrupts_of_its_routes(made: int) -
     guest.close()
 
 
+def test_an_adopted_partition_has_doorbells_and_gets_msis(made: int) -> None:
+    guest = MshvGuest(Partition.from_fd(made, "mshv", vps=1))
+    with guest.partition.ioeventfd(0xD0000000, 4) as doorbell:
+        assert guest.writes(0xD0000000, bytes(4))
+        assert doorbell.consume() == 1
+    assert guest.partition.signal_msi(msi(0x41)) is True
+    guest.receives(msi(0x41))
+    left = guest.partition.ioeventfd(0xD0000000, 4)
+    guest.close()
+    assert left.closed
+    assert not guest.writes(0xD0000000, bytes(4))
+
+
 def test_kept_entries_stay_in_every_push_and_closing_leaves_the_partition_open(made: int) -> None:
     keep = RoutingEntry(5, 0xFEE00000, 0x55)
     with Partition.from_fd(made, "mshv", keep=[keep], vps=1) as partition, partition.new_irqfd_route() as route:

@@ -32,6 +32,8 @@ def at_work(guest: Guest) -> Iterator[IrqFdRoute]:
 OF_PARTITIONS: dict[str, Callable[[Partition], object]] = {
     "new_irqfd_route": lambda partition: partition.new_irqfd_route(),
     "create_vp": lambda partition: partition.create_vp(1),
+    "signal_msi": lambda partition: partition.signal_msi(msi(0x42)),
+    "ioeventfd": lambda partition: partition.ioeventfd(0xD0000000, 4),
     "batch": lambda partition: partition.batch(),
     "gsi_state": lambda partition: partition.gsi_state(24),
     "routing_table": lambda partition: partition.routing_table(),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from modes import in_both_modes
 from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
-from support import PATIENCE, msi, still_works
+from support import PATIENCE, msi, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,6 +62,9 @@ LONG: dict[str, Callable[[Partition, list[IrqFdRoute], int], object]] = {
     "gsi_state": lambda partition, _, __: partition.gsi_state(24),
     "vps": lambda partition, _, __: partition.vps,
     "stats": lambda partition, _, __: partition.stats(),
+    "ioeventfd": lambda partition, _, __: partition.ioeventfd(0xD0000000, 4).close(),
+    # Refused for its destination, under the lock.
+    "signal_msi": lambda partition, _, __: refusal(lambda: partition.signal_msi(msi(0x41, 9))),
 }
 
 
