@@ -185,7 +185,11 @@ class Machine(RuleBasedStateMachine):
         for route in self.crowd[:size]:
             route.close()
         spares = model.Spares(
-            spare, in_place, loads=loading != "off" and (crowd > 0 or not in_place), fit=loading != "few"
+            spare,
+            in_place,
+            brings_home=partition.quiesce and loading == "few",
+            loads=loading != "off" and (crowd > 0 or not in_place),
+            fit=loading != "few",
         )
         self.model = model.Partition(mine, {0}, KEPT if self.name == "adopted" else {}, spares, any_vp=any_vp)
         self.counts = partition.stats()
@@ -432,6 +436,8 @@ class Machine(RuleBasedStateMachine):
                 assert struck > 0, "an error was raised, but no call failed"
                 self.model.fail(changes)
                 self.take_over_refusal(failure)
+                if self.partition.stats().pushes > self.model.pushes:
+                    self.model.bring_home({one.route for one in changes if one.needed}, self.shown())
                 self.take_over_failure(changes, before, struck)
             else:
                 others = [*self.model.broken, *(route for _, route in self.handles if route.waits_to_be_rearmed)]

@@ -109,6 +109,8 @@ class Spares(NamedTuple):
     gsis: Container[int] = ()
     in_place: bool = False
     """Whether a push may change the entries of armed routes in place of moves that would need none."""
+    brings_home: bool = False
+    """Whether a push may bring routes home."""
     loads: bool = True
     """Whether pushes load messages."""
     fit: bool = True
@@ -226,6 +228,7 @@ class Partition:
             if not route.wanted:
                 route.waits_to_be_rearmed = False
         if shown.pushes:
+            self.bring_home({one.route for one in changes}, shown)
             self._push(shown, [one.route for one in missing])
             waiting = [route for route in self.routes.values() if route.waits_to_be_rearmed and route not in newly]
             # The call did not ask to arm these, so a failure to arm them does not fail the call.
@@ -234,6 +237,24 @@ class Partition:
                 self._maybe_armed(route, route.msi)
         for route in newly:
             self._arm(route)
+
+    def bring_home(self, changed: set[Route], shown: Shown) -> None:
+        """A quiesced push may give all routes at spare GSIs places at their own, but those that are changed."""
+        away = [
+            route
+            for route in self.routes.values()
+            if route.place != route.gsi and route not in changed and not route.broken
+        ]
+        home = [(route, self.table[route.place]) for route in away]
+        # The place of a route that is not armed shows in its own entry alone.
+        if self.spares.brings_home and any(
+            shown.places[route] == route.gsi
+            if route.armed
+            else shown.table.get(route.gsi) == msi != self.entries.get(route.gsi)
+            for route, msi in home
+        ):
+            for route, msi in home:
+                self.entries[route.gsi], route.place = msi, route.gsi
 
     def _push(self, shown: Shown, missed: list[Route]) -> None:
         """Takes over the spare entries that a push has brought. The others are known."""
