@@ -137,6 +137,34 @@ def test_a_table_of_one_spare_gsi_keeps_the_messages_in_use(open_guest: Open, ba
     close(*routes)
 
 
+def test_where_most_spare_gsis_are_taken_a_quiesced_push_brings_the_routes_home(
+    open_guest: Open, backend: Backend
+) -> None:
+    gsis = range(24, 24 + 4096 - (40 if backend.name == "kvm" else 24) - 6)
+    guest = open_guest(gsis=gsis, quiesce=None if backend.loads() else True)
+    routes = armed(guest, 6)
+    for vector, route in enumerate(routes[:4], 0x91):
+        route.set_msi(msi(vector))
+    assert all(route.armed_gsi != route.gsi for route in routes[:4])
+    routes[0].mask()
+    routes[0].signal()
+    with counting(guest.partition) as delta:
+        routes[4].set_msi(msi(0xA1))
+    assert (delta.stats.pushes, delta.stats.disarms, delta.stats.arms) == (1, 5, 5)
+    assert delta.stats.entries_loaded > 0
+    assert all(route.armed_gsi == route.gsi for route in routes[1:4])
+    assert places(guest.partition, routes) == {route.gsi: route.msi for route in routes[1:]}
+    # It has changed the place of the masked route too, whose signal waits still.
+    with counting(guest.partition) as delta:
+        routes[0].unmask()
+    assert (delta.stats.pushes, routes[0].armed_gsi) == (0, routes[0].gsi)
+    guest.receives(msi(0x91))
+    for route in routes:
+        route.signal()
+    guest.receives(*(route.msi for route in routes if route.msi))
+    close(*routes)
+
+
 def test_a_failed_push_is_followed_by_one_that_loads_nothing(loaded: Guest, faults: Faults) -> None:
     with loaded.partition.new_irqfd_route() as route:
         faults.fail(loaded.partition, "set_msi_routing", errno.ENOMEM)
