@@ -216,23 +216,6 @@ fn where_a_push_is_cheaper_than_a_move_the_table_stays_small_and_entries_change_
 }
 
 #[test]
-fn one_push_is_made_in_place_of_moves_that_would_take_longer() {
-    let (partition, recorder, routes) = armed(Setup { quiesce: false, spares: 3, entries_per_move: 2 }, 3);
-    assert_eq!(loaded(&recorder), [0x44, 0x45, 0x46].map(|vector| msi(vector).raw()));
-    let batch = |edits: &[(usize, u8)]| {
-        let mut batch = Batch::new(Arc::clone(&partition)).unwrap();
-        edits.iter().for_each(|(at, vector)| batch.set_msi(&routes[*at], msi(*vector)));
-        batch.commit().unwrap();
-        recorder.taken()
-    };
-    // Six entries: one push takes as long as three moves.
-    assert!(matches!(batch(&[(0, 0x44), (1, 0x45)])[..], [Deassign(_), Deassign(_), Assign(2000), Assign(2001)]));
-    batch(&[(0, 0x41), (1, 0x42)]);
-    assert!(matches!(batch(&[(0, 0x44), (1, 0x45), (2, 0x46)])[..], [Push(_)]));
-    check_rules(&partition, &recorder, &routes, "changed in place");
-}
-
-#[test]
 fn where_a_push_is_cheaper_again_the_loaded_entries_leave_with_it() {
     let setup = Setup { quiesce: false, spares: 300, entries_per_move: 2 };
     let (partition, recorder, mut routes) = armed(setup, 4);
