@@ -49,7 +49,7 @@ pub fn latencies<E: Send>(
         let idle = || {
             worker.as_ref().is_some_and(|worker| worked.load(Ordering::Relaxed) == before && !worker.is_finished())
         };
-        let goes_on = |number: &u64| *number == 0 || begun.elapsed() < time || idle();
+        let goes_on = |number: &usize| *number == 0 || begun.elapsed() < time || idle();
         let signals = (0..).take_while(goes_on).try_for_each(|number| {
             let delivery = signal(number)?;
             found.nanoseconds.push(delivery.took.as_nanos() as u64);
