@@ -415,7 +415,8 @@ class Machine(RuleBasedStateMachine):
             Machine.races += 1
             signaller = _signaller(racing)
         self.counts = self.partition.stats()
-        failure: RoutingError | IrqFdError | None = None
+        # Not the error itself, whose traceback would hold the handles.
+        failed: type[Exception] | None = None
         if any(change.route.broken for change in changes):
             with pytest.raises(RouteBrokenError):
                 change()
@@ -426,16 +427,16 @@ class Machine(RuleBasedStateMachine):
             try:
                 change()
             except (RoutingError, IrqFdError) as error:
-                failure = error
+                failed = type(error)
             struck = self.struck(struck_before)
             for one in changes:
                 if one.msi is not None:
                     one.route.asked.add(one.msi)
                     self.model.asked.add(one.msi)
-            if failure:
+            if failed:
                 assert struck > 0, "an error was raised, but no call failed"
                 self.model.fail(changes)
-                self.take_over_refusal(failure)
+                self.take_over_refusal(push=failed is RoutingError)
                 if self.partition.stats().pushes > self.model.pushes:
                     self.model.bring_home({one.route for one in changes if one.needed}, self.shown())
                 self.take_over_failure(changes, before, struck)
@@ -466,11 +467,11 @@ class Machine(RuleBasedStateMachine):
             after.entries_loaded - before.entries_loaded,
         )
 
-    def take_over_refusal(self, failure: RoutingError | IrqFdError) -> None:
+    def take_over_refusal(self, *, push: bool) -> None:
         """After a push that the kernel refused, the next one loads nothing. A failed call counts no hits and misses."""
         before, after = self.counts, self.partition.stats()
         assert (after.hits, after.misses, after.entries_loaded) == (before.hits, before.misses, before.entries_loaded)
-        if isinstance(failure, RoutingError):
+        if push:
             self.model.refused = True
         elif after.pushes > before.pushes:
             self.model.refused = False
