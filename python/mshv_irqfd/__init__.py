@@ -1,12 +1,13 @@
 """irqfd and MSI routing for virtual machines: on the Microsoft Hypervisor, KVM, or a simulated kernel.
 
 Open a partition with `open_partition()`, create routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
-their eventfds: the kernel raises the interrupts with no trip through user space.
+their eventfds: the kernel raises the interrupts with no trip through user space. `MsixTable` is what a guest's driver
+sees of a device's routes.
 
 Import from this module only. The others are private.
 """
 
-from mshv_irqfd._core import Batch, MsiRoute
+from mshv_irqfd._core import Batch, MsiRoute, MsixVector
 from mshv_irqfd.errors import (
     ClosedError,
     ForkedError,
@@ -24,6 +25,7 @@ from mshv_irqfd.handles import (
     IrqFdRoute,
     KvmPartition,
     MshvPartition,
+    MsixTable,
     Partition,
     SimulatedPartition,
     open_partition,
@@ -47,6 +49,8 @@ __all__ = [
     "MshvIrqFdError",
     "MshvPartition",
     "MsiRoute",
+    "MsixTable",
+    "MsixVector",
     "Partition",
     "PartitionStats",
     "RouteBrokenError",

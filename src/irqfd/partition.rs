@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::config::{Config, check_gsis, check_keep, check_spares};
 use super::error::{Error, Failure, Result};
 use super::gsi::GsiState;
+use super::msi::MsiRoute;
 use super::plan::Change;
 use super::shared::{Intent, Route};
 use super::state::State;
@@ -198,6 +199,19 @@ impl Partition {
         }
         state.apply(changes)?;
         Ok(())
+    }
+
+    /// Makes the checks that `apply` makes before any call.
+    pub(super) fn check_msi(&self, gsi: u32, msi: MsiRoute) -> Result {
+        let state = self.lock();
+        if state.closing {
+            return Err(closed());
+        }
+        let intent = Intent { msi: Some(msi), ..Intent::default() };
+        match state.vps.filter(|_| !self.config.allow_missing_vp) {
+            Some(vps) => self.check_vp(&vps, &Change::to(self.index(gsi), intent)),
+            None => Ok(()),
+        }
     }
 
     /// Refuses a destination without a VP. On the root scheduler the mshv driver dereferences a null pointer for

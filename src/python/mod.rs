@@ -7,6 +7,7 @@ pub(crate) mod bench;
 pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;
+mod msix;
 pub(crate) mod objects;
 mod partition;
 pub(crate) mod probe;
