@@ -391,31 +391,33 @@ class Batch:
 
 @disjoint_base
 class MsixTable:
-    """The MSI-X capability of a device: the table, the pending bits and the message control register that its guest driver
-    reads and writes, and a route for each vector that is used (PCI Local Bus 3.0 section 6.8.2, PCI Express 7.7.2).
+    """A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
 
-    A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or vhost. A
-    vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask is set, with the
-    message that its entry had when that became so. Other changes to an unmasked entry wait for its next unmasking. A
-    vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for. Enabling MSI-X or clearing
-    the function mask makes one push at most, for all vectors.
+    The registers are the table, the pending bits and message control (PCI Local Bus 3.0 section 6.8.2, PCI Express
+    5.0 section 7.7.2).
+
+    A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or
+    vhost. A vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask
+    is set, with the message that its entry had when that became so. Other changes to an unmasked entry wait for its
+    next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for.
+    Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
 
     Signals on a vector that is not armed stay pending, and show as its pending bit, no matter who wrote them to the
     eventfd. Unmasking sends one message for all of them.
 
-    A guest may write anything: its accesses never raise. A vector that can't be armed, because its message is invalid or
-    the kernel refuses, stays disarmed, and the others are armed; `faults()` has the reason. Only the device model's own
-    mistakes raise: a closed table or partition, a forked child, an argument of the wrong type.
+    A guest may write anything: its accesses never raise. A vector that can't be armed, because its message is
+    invalid or the kernel refuses, stays disarmed, and the others are armed; `faults()` has the reason. Only the
+    device model's own mistakes raise: a closed table or partition, a forked child, an argument of the wrong type.
 
-    Threads may share a table. Close it, or use `with`; closing its partition closes its routes too. In a forked child
-    only `signal()` of a vector with a route works.
+    Threads may share a table. Close it, or use `with`; closing its partition closes its routes too. In a forked
+    child only `signal()` of a vector with a route works.
 
     Args:
         partition: the partition that gets the interrupts.
         vectors: the number of vectors, 1 to 2048.
         events: eventfds of the caller's, in a mapping from vectors, or in a sequence from vector 0 up with None for
-            vectors without. Each is an int or an object with `fileno()`. The table duplicates them, and takes a GSI for
-            each at once.
+            vectors without. Each is an int or an object with `fileno()`. The table duplicates them, and takes a GSI
+            for each at once.
 
     Raises:
         ClosedError: the table or its partition is closed. Every method but `close()` raises this.
@@ -459,8 +461,8 @@ class MsixTable:
     def read_table(self, offset: int, size: int) -> int:
         """Reads the table, for the guest.
 
-        An entry has 16 bytes: the message's address, its upper address, its data, and vector control, whose bit 0 is the
-        mask bit. The other bits of vector control are read-only and 0.
+        An entry has 16 bytes: the message's address, its upper address, its data, and vector control, whose bit 0
+        is the mask bit. The other bits of vector control are read-only and 0.
 
         Args:
             offset: the offset from the table's first byte.
@@ -474,17 +476,19 @@ class MsixTable:
     def write_table(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Writes the table, for the guest.
 
-        Makes a call into the kernel only if it unmasks or masks a vector. A message that is written to an unmasked entry
-        takes effect when the vector is next unmasked.
+        Makes a call into the kernel only if it unmasks or masks a vector. A message that is written to an unmasked
+        entry takes effect when the vector is next unmasked.
 
         Args:
             offset: the offset from the table's first byte.
-            data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is ignored.
+            data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
+            ignored.
         """
 
     def read_pba(self, offset: int, size: int) -> int:
-        """Reads the pending bits, for the guest: one for each vector, set while a signal waits for the vector to be armed.
-        A guest can't write them; ignore its writes.
+        """Reads the pending bits, for the guest: one for each vector, set while a signal waits for it to be armed.
+
+        A guest can't write them: ignore its writes.
 
         Args:
             offset: the offset from the first byte of the pending bits.
@@ -514,7 +518,7 @@ class MsixTable:
         """
 
     def capability(self, *, table_bar: int, table_offset: int, pba_bar: int, pba_offset: int) -> bytes:
-        """The capability for the device's configuration space: 12 bytes, from id 0x11 to the place of the pending bits.
+        """The capability for the device's configuration space, 12 bytes.
 
         The pointer to the next capability is 0. Message control is as the register is now.
 
@@ -531,16 +535,16 @@ class MsixTable:
     def reset(self) -> None:
         """Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
 
-        Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what the
-        kernel refuses: see `faults()`.
+        Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
+        the kernel refuses: see `faults()`.
         """
 
     def faults(self) -> list[tuple[int, Exception]]:
         """The vectors that could not be armed or disarmed.
 
         Returns:
-            Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A vector
-            is among them until it is next unmasked with success, or the device is reset.
+            Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
+            vector is among them until it is next unmasked with success, or the device is reset.
         """
 
     def close(self) -> None:

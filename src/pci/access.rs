@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-/// The dwords of an access to a structure in a BAR: an aligned dword or qword inside it. PCI Local Bus 3.0 section 6.8.2
-/// leaves all other accesses undefined; here they read as all ones and write nothing.
+/// The dwords of an access to a structure in a BAR: an aligned dword or qword inside it. PCI Local Bus 3.0 section
+/// 6.8.2 leaves all other accesses undefined; here they read as all ones and write nothing.
 pub(super) fn dwords(offset: u64, size: usize, length: usize) -> Option<Range<usize>> {
     let aligned = matches!(size, 4 | 8) && offset.is_multiple_of(size as u64);
     let end = offset.checked_add(size as u64).filter(|end| aligned && *end <= length as u64)?;

@@ -36,8 +36,8 @@ const WHAT: &str = "the MSI-X table";
 
 /// The MSI-X capability of a device. Dropping it closes it.
 ///
-/// A vector is armed while MSI-X is enabled and neither its mask bit nor the function mask is set. Its route gets the
-/// message that the entry had when that became so, as section 6.8.3.5 demands.
+/// A vector is armed while MSI-X is enabled and neither its mask bit nor the function mask is set. Its route gets
+/// the message that the entry had when that became so, as section 6.8.3.5 demands.
 ///
 /// Locks are taken in this order: the table's, a route's, the partition's.
 #[derive(Debug)]
@@ -75,8 +75,8 @@ impl Registers {
 impl MsixTable {
     /// A table in its reset state: MSI-X disabled, every vector masked.
     ///
-    /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when they
-    /// are first unmasked.
+    /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
+    /// they are first unmasked.
     pub fn new(partition: Arc<Partition>, vectors: usize, events: &[(usize, RawFd)]) -> Result<Self> {
         if !(1..=MAX_VECTORS).contains(&vectors) {
             return Err(Error::Invalid(format!(
@@ -138,7 +138,8 @@ impl MsixTable {
         Ok(())
     }
 
-    /// Arms or disarms the unmasked ones of some vectors, if they were not live and are now, or the other way round.
+    /// Arms or disarms the unmasked ones of some vectors, if they were not live and are now, or the other way
+    /// round.
     fn follow(&self, registers: &mut Registers, vectors: Range<usize>, were_live: bool) {
         let mut faults = std::mem::take(&mut registers.faults);
         if were_live {
@@ -150,7 +151,8 @@ impl MsixTable {
         registers.faults = faults;
     }
 
-    /// Reads the pending bits (section 6.8.2.10): a bit for each vector, in qwords. The bits beyond the last vector are 0.
+    /// Reads the pending bits (section 6.8.2.10): a bit for each vector, in qwords. The bits beyond the last vector
+    /// are 0.
     pub fn read_pba(&self, offset: u64, size: usize) -> Result<u64> {
         self.vectors.check_open(WHAT)?;
         let length = self.vectors.len().div_ceil(64) * 8;
@@ -241,8 +243,8 @@ impl MsixTable {
         self.vectors.pending(index)
     }
 
-    /// Takes the pending signals of a vector, and returns whether there were any. For devices whose interrupt's cause has
-    /// gone (section 6.8.3.5).
+    /// Takes the pending signals of a vector, and returns whether there were any. For devices whose interrupt's
+    /// cause has gone (section 6.8.3.5).
     pub fn consume_pending(&self, index: usize) -> Result<bool> {
         self.vectors.check_open(WHAT)?;
         self.vectors.consume_pending(index)

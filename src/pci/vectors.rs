@@ -12,7 +12,7 @@ use crate::irqfd::{Batch, Error, Failure, IrqFdRoute, MsiRoute, Partition, Resul
 pub(super) type Faults = BTreeMap<usize, Arc<Error>>;
 
 /// After so many refused pushes, arming gives up: the refusals are not about single vectors.
-const PUSHES: u32 = 4;
+const PUSHES: usize = 4;
 
 /// The vectors of one device. The lock of the device's registers guards arming, disarming and the taking of routes.
 /// Signals and pending bits need no lock.
@@ -94,8 +94,8 @@ impl Vectors {
         (0..self.len()).filter_map(|index| Some((index, self.route(index)?)))
     }
 
-    /// The vector's route for other code, taken now if need be: masked like the vector. The caller holds the lock of the
-    /// registers.
+    /// The vector's route for other code, taken now if need be: masked like the vector. The caller holds the lock
+    /// of the registers.
     pub(super) fn take_masked(&self, index: usize) -> Result<&Arc<IrqFdRoute>> {
         let new = self.route(index).is_none();
         let route = self.take(index)?;
@@ -105,8 +105,8 @@ impl Vectors {
         Ok(route)
     }
 
-    /// The vector's route, taken now if need be. A new one is unmasked and has no message. The caller holds the lock of
-    /// the registers.
+    /// The vector's route, taken now if need be. A new one is unmasked and has no message. The caller holds the
+    /// lock of the registers.
     fn take(&self, index: usize) -> Result<&Arc<IrqFdRoute>> {
         let Vector { route, latched } = &self.each[index];
         let route = match route.get() {
@@ -151,8 +151,8 @@ impl Vectors {
         Ok(route.get().map_or(Ok(false), |route| route.consume_pending())? || from_latch)
     }
 
-    /// Arms vectors with their messages, with one push at most unless the kernel refuses a call. The vectors that can't
-    /// be armed stay disarmed; the others are armed. The caller holds the lock of the registers.
+    /// Arms vectors with their messages, with one push at most unless the kernel refuses a call. The vectors that
+    /// can't be armed stay disarmed; the others are armed. The caller holds the lock of the registers.
     pub(super) fn arm(&self, faults: &mut Faults, wanted: impl Iterator<Item = (usize, Result<MsiRoute>)>) {
         let mut steps = Vec::new();
         for (index, message) in wanted {
@@ -172,26 +172,28 @@ impl Vectors {
                 }
             }
         }
-        self.make(&steps, faults, &mut 0);
+        self.make(&steps, faults, &mut Vec::new());
     }
 
-    /// Disarms vectors. Those that the kernel refuses to disarm stay armed; the others are disarmed. The caller holds
-    /// the lock of the registers.
+    /// Disarms vectors. Those that the kernel refuses to disarm stay armed; the others are disarmed. The caller
+    /// holds the lock of the registers.
     pub(super) fn disarm(&self, faults: &mut Faults, vectors: impl Iterator<Item = usize>) {
         let step = |index| {
             let route = self.route(index).filter(|route| !route.is_closed())?;
             (!route.masked().unwrap_or(false)).then_some(Step { index, route, message: None })
         };
         let steps: Vec<_> = vectors.filter_map(step).collect();
-        self.make(&steps, faults, &mut 0);
+        self.make(&steps, faults, &mut Vec::new());
     }
 
     /// Makes all steps in one batch. If that is refused, makes each half by itself, down to the steps at fault.
-    fn make(&self, steps: &[Step<'_>], faults: &mut Faults, refused_pushes: &mut u32) {
-        let result = match steps {
-            [] => return,
-            [step] => step.make(),
-            _ => self.commit(steps),
+    /// `refused` has the pushes that were refused so far.
+    fn make(&self, steps: &[Step<'_>], faults: &mut Faults, refused: &mut Vec<Arc<Error>>) {
+        let result = match (steps, &refused[..]) {
+            ([], _) => return,
+            (_, [.., last]) if refused.len() >= PUSHES => Err(Arc::clone(last)),
+            ([step], _) => step.make().map_err(Arc::new),
+            _ => self.commit(steps).map_err(Arc::new),
         };
         let Err(error) = result else {
             // A vector that is masked keeps the fault that tells why it was not armed.
@@ -200,16 +202,16 @@ impl Vectors {
             }
             return;
         };
-        let push = matches!(&error, Error::Failed(failure) if failure.error.operation == Operation::SetMsiRouting);
-        *refused_pushes += u32::from(push);
-        if steps.len() == 1 || *refused_pushes >= PUSHES {
-            let error = Arc::new(error);
+        if matches!(&*error, Error::Failed(failure) if failure.error.operation == Operation::SetMsiRouting) {
+            refused.push(Arc::clone(&error));
+        }
+        if steps.len() == 1 || refused.len() >= PUSHES {
             faults.extend(steps.iter().map(|step| (step.index, Arc::clone(&error))));
             return;
         }
         let (first, second) = steps.split_at(steps.len() / 2);
-        self.make(first, faults, refused_pushes);
-        self.make(second, faults, refused_pushes);
+        self.make(first, faults, refused);
+        self.make(second, faults, refused);
     }
 
     fn commit(&self, steps: &[Step<'_>]) -> Result {

@@ -94,8 +94,8 @@ impl MsixTable {
 
     /// Reads the table, for the guest.
     ///
-    /// An entry has 16 bytes: the message's address, its upper address, its data, and vector control, whose bit 0 is the
-    /// mask bit. The other bits of vector control are read-only and 0.
+    /// An entry has 16 bytes: the message's address, its upper address, its data, and vector control, whose bit 0
+    /// is the mask bit. The other bits of vector control are read-only and 0.
     ///
     /// Args:
     ///     offset: the offset from the table's first byte.
@@ -111,19 +111,21 @@ impl MsixTable {
 
     /// Writes the table, for the guest.
     ///
-    /// Makes a call into the kernel only if it unmasks or masks a vector. A message that is written to an unmasked entry
-    /// takes effect when the vector is next unmasked.
+    /// Makes a call into the kernel only if it unmasks or masks a vector. A message that is written to an unmasked
+    /// entry takes effect when the vector is next unmasked.
     ///
     /// Args:
     ///     offset: the offset from the table's first byte.
-    ///     data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is ignored.
+    ///     data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
+    ///     ignored.
     fn write_table(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let (offset, data) = (arguments::access(offset, "offset")?, arguments::bytes(data)?);
         Ok(py.detach(|| self.core().write_table(offset, &data))?)
     }
 
-    /// Reads the pending bits, for the guest: one for each vector, set while a signal waits for the vector to be armed.
-    /// A guest can't write them; ignore its writes.
+    /// Reads the pending bits, for the guest: one for each vector, set while a signal waits for it to be armed.
+    ///
+    /// A guest can't write them: ignore its writes.
     ///
     /// Args:
     ///     offset: the offset from the first byte of the pending bits.
@@ -163,7 +165,7 @@ impl MsixTable {
         Ok(py.detach(|| self.core().write_message_control(offset, &data))?)
     }
 
-    /// The capability for the device's configuration space: 12 bytes, from id 0x11 to the place of the pending bits.
+    /// The capability for the device's configuration space, 12 bytes.
     ///
     /// The pointer to the next capability is 0. Message control is as the register is now.
     ///
@@ -194,8 +196,8 @@ impl MsixTable {
 
     /// Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
     ///
-    /// Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what the
-    /// kernel refuses: see `faults()`.
+    /// Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
+    /// the kernel refuses: see `faults()`.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.core().reset())?)
     }
@@ -203,8 +205,8 @@ impl MsixTable {
     /// The vectors that could not be armed or disarmed.
     ///
     /// Returns:
-    ///     Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A vector
-    ///     is among them until it is next unmasked with success, or the device is reset.
+    ///     Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
+    ///     vector is among them until it is next unmasked with success, or the device is reset.
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let faults = py.detach(|| self.core().faults())?;
         PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))

@@ -101,31 +101,33 @@ pub(super) struct Device {
     pub(super) routes: Mutex<BTreeMap<usize, Py<IrqFdRoute>>>,
 }
 
-/// The MSI-X capability of a device: the table, the pending bits and the message control register that its guest driver
-/// reads and writes, and a route for each vector that is used (PCI Local Bus 3.0 section 6.8.2, PCI Express 7.7.2).
+/// A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
 ///
-/// A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or vhost. A
-/// vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask is set, with the
-/// message that its entry had when that became so. Other changes to an unmasked entry wait for its next unmasking. A
-/// vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for. Enabling MSI-X or clearing
-/// the function mask makes one push at most, for all vectors.
+/// The registers are the table, the pending bits and message control (PCI Local Bus 3.0 section 6.8.2, PCI Express
+/// 5.0 section 7.7.2).
+///
+/// A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or
+/// vhost. A vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask
+/// is set, with the message that its entry had when that became so. Other changes to an unmasked entry wait for its
+/// next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for.
+/// Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
 ///
 /// Signals on a vector that is not armed stay pending, and show as its pending bit, no matter who wrote them to the
 /// eventfd. Unmasking sends one message for all of them.
 ///
-/// A guest may write anything: its accesses never raise. A vector that can't be armed, because its message is invalid or
-/// the kernel refuses, stays disarmed, and the others are armed; `faults()` has the reason. Only the device model's own
-/// mistakes raise: a closed table or partition, a forked child, an argument of the wrong type.
+/// A guest may write anything: its accesses never raise. A vector that can't be armed, because its message is
+/// invalid or the kernel refuses, stays disarmed, and the others are armed; `faults()` has the reason. Only the
+/// device model's own mistakes raise: a closed table or partition, a forked child, an argument of the wrong type.
 ///
-/// Threads may share a table. Close it, or use `with`; closing its partition closes its routes too. In a forked child
-/// only `signal()` of a vector with a route works.
+/// Threads may share a table. Close it, or use `with`; closing its partition closes its routes too. In a forked
+/// child only `signal()` of a vector with a route works.
 ///
 /// Args:
 ///     partition: the partition that gets the interrupts.
 ///     vectors: the number of vectors, 1 to 2048.
 ///     events: eventfds of the caller's, in a mapping from vectors, or in a sequence from vector 0 up with None for
-///         vectors without. Each is an int or an object with `fileno()`. The table duplicates them, and takes a GSI for
-///         each at once.
+///         vectors without. Each is an int or an object with `fileno()`. The table duplicates them, and takes a GSI
+///         for each at once.
 ///
 /// Raises:
 ///     ClosedError: the table or its partition is closed. Every method but `close()` raises this.
