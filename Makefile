@@ -14,7 +14,7 @@ SOAKED := $(FAULTS) tests/processes/test_leaks.py tests/processes/test_races.py
 SOAK_WALKS ?= 100000
 # Seconds for each fuzz target.
 FUZZ_SECONDS ?= 120
-FUZZ_TARGETS := msi fdinfo table operations
+FUZZ_TARGETS := msi fdinfo table operations msix
 # Threads that run each test at once.
 PARALLEL_THREADS ?= 4
 

@@ -316,7 +316,9 @@ def test_an_eventfd_that_other_code_closes_is_its_vectors_fault_alone(guest: Gue
         # No new descriptor takes the number then.
         events = [vector.event for vector in driver.table.vectors]
         close_as_someone_else(events[2].fileno())
-        driver.bring_up(*(msi(0x41 + number) for number in range(4)))
+        with counting(guest.partition) as made:
+            driver.bring_up(*(msi(0x41 + number) for number in range(4)))
+        assert made.stats.pushes == 1
         [(vector, error)] = driver.table.faults()
         assert vector == 2
         assert isinstance(error, IrqFdError)
