@@ -220,10 +220,16 @@ impl MsixTable {
         Ok(())
     }
 
-    /// The vectors that could not be armed or disarmed, with the reason: since the last success of each.
+    /// The vectors that are not armed or disarmed as the guest asked, with the reason.
     pub fn faults(&self) -> Result<Vec<(usize, Arc<Error>)>> {
         let registers = self.lock()?;
-        Ok(registers.faults.iter().map(|(index, error)| (*index, Arc::clone(error))).collect())
+        let mut faults = registers.faults.clone();
+        for index in (0..self.vectors.len()).filter(|index| registers.is_live(*index)) {
+            if !faults.contains_key(&index) {
+                faults.extend(self.vectors.lost_arming(index).map(|error| (index, Arc::new(error))));
+            }
+        }
+        Ok(faults.into_iter().collect())
     }
 
     /// Signals a vector: sends its message if it is armed, otherwise leaves a signal pending. Takes no lock.

@@ -206,3 +206,24 @@ fn signals_from_many_threads_that_meet_the_first_unmasking_are_not_lost() {
         assert!(!table.pending(0).unwrap());
     }
 }
+
+#[test]
+fn a_vector_that_waits_to_be_re_armed_is_told_until_a_push_arms_it() {
+    let options = Options { preload: false, ..Options::default() };
+    let partition = Partition::open(Backend::Simulated, &options).unwrap();
+    let table = MsixTable::new(Arc::clone(&partition), 2, &[]).unwrap();
+    table.write_message_control(2, &ENABLE).unwrap();
+    set(&table, 0, 0x41);
+    // The arming of vector 1, and the re-arming of vector 0, which the push had disarmed.
+    partition.simulated().unwrap().fail(Operation::AssignIrqfd, libc::ENOMEM, 0, 2);
+    set(&table, 1, 0x42);
+    assert_eq!((faulty(&table), armed(&table)), (vec![0usize, 1], Vec::<usize>::new()));
+    let text = table.faults().unwrap()[0].1.to_string();
+    assert!(text.contains("GSI 24") && text.contains("the next push tries again"), "{text}");
+    table.signal(0).unwrap();
+    assert!(table.pending(0).unwrap());
+    mask(&table, 1);
+    set(&table, 1, 0x43);
+    assert_eq!((faulty(&table), armed(&table)), (Vec::<usize>::new(), vec![0usize, 1]));
+    assert_eq!(arrived(&partition), [0x41]);
+}

@@ -5,8 +5,8 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::hypervisor::Operation;
-use crate::irqfd::{Batch, Error, Failure, IrqFdRoute, MsiRoute, Partition, Result};
+use crate::hypervisor::{CallError, Operation};
+use crate::irqfd::{Batch, Error, Failure, GsiState, IrqFdRoute, MsiRoute, Partition, Result};
 
 /// The vectors for which the last arming or disarming failed, with the reason.
 pub(super) type Faults = BTreeMap<usize, Arc<Error>>;
@@ -226,6 +226,23 @@ impl Vectors {
             }
         }
         batch.commit()
+    }
+
+    /// The reason why a vector that was armed is not armed any more: a failed call about another route disarmed it, and
+    /// could not arm it again.
+    pub(super) fn lost_arming(&self, index: usize) -> Option<Error> {
+        let route = self.route(index)?;
+        match route.state() {
+            Ok(GsiState::Enabled) => None,
+            Ok(GsiState::Broken) => Some(Error::Broken(route.gsi())),
+            Ok(_) => {
+                let waits =
+                    "waiting to be re-armed after another call failed (signals wait; the next push tries again)";
+                let error = CallError::new(Operation::AssignIrqfd, waits, libc::EAGAIN);
+                Some(Failure::new(error, Some(route.gsi())).into())
+            }
+            Err(error) => Some(error),
+        }
     }
 
     /// Closes the routes. Continues past errors and reports them at the end. The caller holds the lock of the

@@ -202,11 +202,12 @@ impl MsixTable {
         Ok(py.detach(|| self.core().reset())?)
     }
 
-    /// The vectors that could not be armed or disarmed.
+    /// The vectors that are not armed or disarmed as the guest asked.
     ///
     /// Returns:
     ///     Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
-    ///     vector is among them until it is next unmasked with success, or the device is reset.
+    ///     vector is among them until it is next unmasked with success, or the device is reset. A vector that another
+    ///     route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let faults = py.detach(|| self.core().faults())?;
         PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
