@@ -50,8 +50,9 @@ mod _core {
     use crate::python::bench::{Baseline, null_partition};
     #[pymodule_export]
     use crate::python::{
-        event::EventFd, msi::MsiRoute, objects::Batch, objects::IrqFdRoute, objects::MsixTable,
-        objects::MsixVector, objects::MsixVectors, objects::Partition, probe::RawPartition,
+        event::EventFd, msi::MsiRoute, objects::Batch, objects::Device, objects::IrqFdRoute,
+        objects::MsiCapability, objects::MsiVector, objects::MsixTable, objects::MsixVector, objects::Partition,
+        objects::Vector, objects::Vectors, probe::RawPartition,
     };
 
     #[pymodule_init]

@@ -1,13 +1,13 @@
 """irqfd and MSI routing for virtual machines: on the Microsoft Hypervisor, KVM, or a simulated kernel.
 
 Open a partition with `open_partition()`, create routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
-their eventfds: the kernel raises the interrupts with no trip through user space. `MsixTable` is what a guest's driver
-sees of a device's routes.
+their eventfds: the kernel raises the interrupts with no trip through user space. `MsixTable` and `MsiCapability`
+are what a guest's driver sees of a device's routes.
 
 Import from this module only. The others are private.
 """
 
-from mshv_irqfd._core import Batch, MsiRoute, MsixVector
+from mshv_irqfd._core import Batch, MsiRoute, MsiVector, MsixVector
 from mshv_irqfd.errors import (
     ClosedError,
     ForkedError,
@@ -25,6 +25,7 @@ from mshv_irqfd.handles import (
     IrqFdRoute,
     KvmPartition,
     MshvPartition,
+    MsiCapability,
     MsixTable,
     Partition,
     SimulatedPartition,
@@ -48,7 +49,9 @@ __all__ = [
     "MissingVpError",
     "MshvIrqFdError",
     "MshvPartition",
+    "MsiCapability",
     "MsiRoute",
+    "MsiVector",
     "MsixTable",
     "MsixVector",
     "Partition",

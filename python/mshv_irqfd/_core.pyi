@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Final, Protocol, Self, final, overload, type_check_only
+from typing import Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
 
 from typing_extensions import disjoint_base
 
 from mshv_irqfd.handles import EventFd as PublicEventFd
 from mshv_irqfd.handles import IrqFdRoute as PublicIrqFdRoute
+from mshv_irqfd.handles import MsiCapability as PublicMsiCapability
 from mshv_irqfd.handles import MsixTable as PublicMsixTable
 from mshv_irqfd.handles import Partition as PublicPartition
 from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats, RoutingEntry
@@ -17,17 +18,22 @@ __all__: Final = [
     "DEBUG_BUILD",
     "Baseline",
     "Batch",
+    "Device",
     "EventFd",
     "IrqFdRoute",
+    "MsiCapability",
     "MsiRoute",
+    "MsiVector",
     "MsixTable",
     "MsixVector",
-    "MsixVectors",
     "Partition",
     "RawPartition",
+    "Vector",
+    "Vectors",
     "null_partition",
 ]
 DEBUG_BUILD: Final[bool]
+_V = TypeVar("_V", bound=Vector)
 
 @type_check_only
 class HasFileno(Protocol):
@@ -390,7 +396,55 @@ class Batch:
     ) -> None: ...
 
 @disjoint_base
-class MsixTable:
+class Device:
+    """What devices with MSI-X and with MSI have in common. See `MsixTable` and `MsiCapability`."""
+
+    @property
+    def partition(self) -> PublicPartition:
+        """The partition that gets the interrupts."""
+
+    @property
+    def vectors(self) -> Vectors[MsixVector] | Vectors[MsiVector]:
+        """The vectors, a sequence."""
+
+    def reset(self) -> None:
+        """Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
+
+        Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
+        the kernel refuses: see `faults()`.
+        """
+
+    def faults(self) -> list[tuple[int, Exception]]:
+        """The vectors that are not armed or disarmed as the guest asked.
+
+        Returns:
+            Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
+            vector is among them until it is next unmasked with success, or the device is reset. A vector that another
+            route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+        """
+
+    def close(self) -> None:
+        """Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
+
+        Raises:
+            IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+
+    def _is_left_open(self) -> bool:
+        """Whether a finalizer should warn. Always false in a forked child."""
+
+    def _abandon(self) -> None:
+        """For finalizers: closes. In a forked child closes only the descriptors."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@disjoint_base
+class MsixTable(Device):
     """A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
 
     The registers are the table, the pending bits and message control (PCI Local Bus 3.0 section 6.8.2, PCI Express
@@ -451,12 +505,8 @@ class MsixTable:
         events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
     ) -> Self: ...
     @property
-    def partition(self) -> PublicPartition:
-        """The partition that gets the interrupts."""
-
-    @property
-    def vectors(self) -> MsixVectors:
-        """The vectors, a sequence of `MsixVector`."""
+    def vectors(self) -> Vectors[MsixVector]:
+        """The vectors, a sequence."""
 
     def read_table(self, offset: int, size: int) -> int:
         """Reads the table, for the guest.
@@ -532,69 +582,105 @@ class MsixTable:
             ValueError: a value breaks one of these rules, or the pending bits overlap the table.
         """
 
-    def reset(self) -> None:
-        """Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
+@disjoint_base
+class MsiCapability(Device):
+    """A device's MSI capability: the registers of its guest driver, and a route for each vector that is used.
 
-        Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
-        the kernel refuses: see `faults()`.
-        """
+    It has 64-bit addresses and a mask bit for each vector (PCI Local Bus 3.0 section 6.8.1, PCI Express 5.0 section
+    7.7.1). All its registers are in configuration space. A vector's route is armed while MSI is enabled, the vector is
+    not masked, and the guest has granted that many vectors. Its message is the address and the data, with the vector's
+    number in the lowest bits of the data. It is taken when the vector is armed, and again when the guest writes the
+    data, which drivers write last: half of a new message is never sent.
 
-    def faults(self) -> list[tuple[int, Exception]]:
-        """The vectors that could not be armed or disarmed.
+    Everything else is as with `MsixTable`: signals, pending bits, accesses that never raise, faults, threads.
+
+    Args:
+        partition: the partition that gets the interrupts.
+        vectors: the number of vectors: 1, 2, 4, 8, 16 or 32.
+        events: eventfds of the caller's, as with `MsixTable`.
+
+    Raises:
+        ClosedError: the capability or its partition is closed. Every method but `close()` raises this.
+        ValueError, TypeError: `vectors` or `events` is invalid; see also `Partition.new_irqfd_route()`.
+        GsiExhaustedError, IrqFdError: no route can be made for an eventfd in `events`.
+
+    Example:
+        >>> partition = open_partition("simulated")
+        >>> device = MsiCapability(partition, 2)
+        >>> device.write_config(4, (0xFEE00000).to_bytes(4, "little"))  # the guest sets the address
+        >>> device.write_config(12, (0x40).to_bytes(2, "little"))  # and the data
+        >>> device.write_config(2, (0x11).to_bytes(2, "little"))  # grants two vectors and enables MSI
+        >>> device.vectors[1].signal()
+        >>> [hex(interrupt.vector) for interrupt in partition.take_interrupts(timeout=10)]
+        ['0x41']
+        >>> device.close()
+        >>> partition.close()
+    """
+
+    def __new__(
+        cls,
+        partition: Partition,
+        vectors: int,
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self: ...
+    @property
+    def vectors(self) -> Vectors[MsiVector]:
+        """The vectors, a sequence."""
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Reads the capability in configuration space, for the guest.
+
+        Args:
+            offset: the offset from the capability's first byte.
+            size: the number of bytes, 1, 2 or 4. The offset must be a multiple of it.
 
         Returns:
-            Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
-            vector is among them until it is next unmasked with success, or the device is reset.
+            The value, little-endian. All ones (in eight bytes at most) for any other offset or size.
         """
 
-    def close(self) -> None:
-        """Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
+    def write_config(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Writes the capability in configuration space, for the guest.
 
-        Raises:
-            IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
+        Pass every write on: what is read-only stays as it is.
+
+        Args:
+            offset: the offset from the capability's first byte.
+            data: 1, 2 or 4 bytes, little-endian. The offset must be a multiple of their number. Any other write is
+                ignored.
         """
 
-    @property
-    def closed(self) -> bool:
-        """Whether it is closed."""
+    def capability(self) -> bytes:
+        """The capability as it is now, 24 bytes, for the device's configuration space.
 
-    def _is_left_open(self) -> bool:
-        """Whether a finalizer should warn. Always false in a forked child."""
-
-    def _abandon(self) -> None:
-        """For finalizers: closes. In a forked child closes only the descriptors."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_exception: object) -> None: ...
+        The pointer to the next capability is 0.
+        """
 
 @final
-class MsixVectors:
-    """The vectors of an `MsixTable`, by number."""
+class Vectors(Generic[_V]):
+    """The vectors of a device, by number."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> MsixVector: ...
-    def __iter__(self) -> Iterator[MsixVector]: ...
+    def __getitem__(self, index: int, /) -> _V: ...
+    def __iter__(self) -> Iterator[_V]: ...
 
-@final
-class MsixVector:
-    """A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
-
-    Hold it where signals must be fast: `signal()` is one write.
-    """
+@disjoint_base
+class Vector:
+    """A vector of a device. It keeps the device alive."""
 
     @property
     def index(self) -> int:
         """The number of the vector."""
 
     @property
-    def table(self) -> PublicMsixTable:
-        """The table that it is a vector of."""
+    def device(self) -> PublicMsixTable | PublicMsiCapability:
+        """The `MsixTable` or `MsiCapability` that it is a vector of."""
 
     @property
     def event(self) -> PublicEventFd:
         """A view of the vector's eventfd, for VFIO, vhost, or a device model. Takes the vector's route if it has none.
 
-        It stays the same as long as the table is open.
+        It stays the same as long as the device is open.
 
         Raises:
             GsiExhaustedError, IrqFdError: the vector has no route, and none can be made.
@@ -606,7 +692,7 @@ class MsixVector:
         Never waits. In a forked child it works if the vector has a route.
 
         Raises:
-            ClosedError: the table, its partition or the vector's route is closed.
+            ClosedError: the device, its partition or the vector's route is closed.
         """
 
     @property
@@ -630,12 +716,26 @@ class MsixVector:
     def route(self) -> PublicIrqFdRoute | None:
         """The vector's route; None if it has not been taken yet.
 
-        The table sets, masks and closes it: look at it only.
+        The device sets, masks and closes it: look at it only.
         """
 
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
+
+@final
+class MsixVector(Vector):
+    """A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
+
+    Hold it where signals must be fast: `signal()` is one write.
+    """
+
+@final
+class MsiVector(Vector):
+    """A vector of an `MsiCapability`: `capability.vectors[i]`. It keeps the capability alive.
+
+    Hold it where signals must be fast: `signal()` is one write.
+    """
 
 @disjoint_base
 class Partition:
@@ -683,7 +783,7 @@ class Partition:
 
     @property
     def routes(self) -> list[PublicIrqFdRoute]:
-        """The open routes, those of MSI-X vectors among them, in a list ordered by GSI."""
+        """The open routes, those of devices' vectors among them, in a list ordered by GSI."""
 
     @property
     def closed(self) -> bool:

@@ -4,9 +4,14 @@
 //! recorded as the vector's fault.
 
 mod access;
+mod device;
+mod msi;
 mod msix;
 #[cfg(test)]
 mod tests;
 mod vectors;
 
-pub use msix::{MAX_VECTORS, MsixTable};
+pub use device::{AnyDevice, Device};
+pub use msi::{MSI_VECTORS, MsiCapability};
+pub use msix::{MSIX_VECTORS, MsixTable};
+pub use vectors::Vectors;

@@ -1,18 +1,18 @@
 //! The MSI-X capability: its table, its pending bits and its message control register.
 //!
-//! PCI Local Bus 3.0 section 6.8.2 has the structures, section 6.8.3 how they work; PCI Express 5.0 has the structures in
-//! section 7.7.2. The numbers below are those of PCI Local Bus 3.0.
+//! PCI Local Bus 3.0 section 6.8.2 has the structures, section 6.8.3 how they work; PCI Express 5.0 has the structures
+//! in section 7.7.2. The numbers below are those of PCI Local Bus 3.0.
 
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::access;
-use super::vectors::{Faults, Vectors};
-use crate::irqfd::{Error, IrqFdRoute, MsiRoute, Partition, Result};
+use super::device::{AnyDevice, Changed, Device, Registers};
+use crate::irqfd::{Error, MsiRoute, Partition, Result};
 
 /// The most vectors of a device: the size field has 11 bits (section 6.8.2.3).
-pub const MAX_VECTORS: usize = 2048;
+pub const MSIX_VECTORS: usize = 2048;
 
 const CAPABILITY_ID: u8 = 0x11;
 /// Message control (section 6.8.2.3). Bits 10:0 are the number of vectors less one, bits 13:11 are reserved.
@@ -32,155 +32,114 @@ const CONTROL: usize = 3;
 const MASK: u32 = 1;
 const RESET: Entry = [0, 0, 0, MASK];
 
-const WHAT: &str = "the MSI-X table";
-
-/// The MSI-X capability of a device. Dropping it closes it.
+/// The MSI-X capability of a device.
 ///
-/// A vector is armed while MSI-X is enabled and neither its mask bit nor the function mask is set. Its route gets
-/// the message that the entry had when that became so, as section 6.8.3.5 demands.
-///
-/// Locks are taken in this order: the table's, a route's, the partition's.
-#[derive(Debug)]
-pub struct MsixTable {
-    vectors: Vectors,
-    registers: Mutex<Registers>,
-}
+/// A vector is live while MSI-X is enabled and neither its mask bit nor the function mask is set. As section 6.8.3.5
+/// demands, a message is taken from its entry when the vector becomes live. To change the entry of a live vector is
+/// undefined there; here the change waits until the vector is live again.
+pub type MsixTable = Device<MsixRegisters>;
 
+/// The table and message control.
 #[derive(Debug)]
-struct Registers {
+pub struct MsixRegisters {
     entries: Box<[Entry]>,
     /// `ENABLE` and `FUNCTION_MASK`.
     control: u16,
-    faults: Faults,
 }
 
-impl Registers {
-    /// Whether the function lets its unmasked vectors send messages.
-    fn is_open(&self) -> bool {
-        self.control == ENABLE
+impl Registers for MsixRegisters {
+    fn is_live(&self, vector: usize) -> bool {
+        self.control & ENABLE != 0 && !self.is_masked(vector)
     }
 
-    /// Whether a vector may send its message.
-    fn is_live(&self, index: usize) -> bool {
-        self.is_open() && self.entries[index][CONTROL] & MASK == 0
+    fn is_masked(&self, vector: usize) -> bool {
+        self.control & FUNCTION_MASK != 0 || self.entries[vector][CONTROL] & MASK != 0
     }
 
-    /// The message of an entry.
-    fn message(&self, index: usize) -> Result<MsiRoute> {
-        let [low, high, data, _] = self.entries[index];
+    fn message(&self, vector: usize) -> Result<MsiRoute> {
+        let [low, high, data, _] = self.entries[vector];
         Ok(MsiRoute::new(u64::from(high) << 32 | u64::from(low), data.into())?)
     }
+
+    fn reset(&mut self) {
+        self.entries.fill(RESET);
+        self.control = 0;
+    }
 }
 
-impl MsixTable {
+impl Device<MsixRegisters> {
     /// A table in its reset state: MSI-X disabled, every vector masked.
     ///
     /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
     /// they are first unmasked.
     pub fn new(partition: Arc<Partition>, vectors: usize, events: &[(usize, RawFd)]) -> Result<Self> {
-        if !(1..=MAX_VECTORS).contains(&vectors) {
+        if !(1..=MSIX_VECTORS).contains(&vectors) {
             return Err(Error::Invalid(format!(
-                "vectors {vectors} is out of range; an MSI-X table has 1 to {MAX_VECTORS}"
+                "vectors {vectors} is out of range; an MSI-X table has 1 to {MSIX_VECTORS}"
             )));
         }
-        if let Some((index, _)) = events.iter().find(|(index, _)| *index >= vectors) {
-            return Err(Error::Invalid(format!(
-                "events has an eventfd for vector {index}; this table has vectors 0 to {}",
-                vectors - 1
-            )));
-        }
-        let registers = Registers { entries: vec![RESET; vectors].into(), control: 0, faults: Faults::default() };
-        Ok(Self { vectors: Vectors::new(partition, vectors, events)?, registers: Mutex::new(registers) })
+        let registers = MsixRegisters { entries: vec![RESET; vectors].into(), control: 0 };
+        Self::with(partition, "the MSI-X table", vectors, events, registers)
     }
 
-    pub fn partition(&self) -> &Arc<Partition> {
-        self.vectors.partition()
+    fn table_bytes(&self) -> usize {
+        self.vectors().count() * ENTRY
     }
 
-    /// The number of vectors.
-    pub fn vectors(&self) -> usize {
-        self.vectors.len()
-    }
-
-    fn lock(&self) -> Result<MutexGuard<'_, Registers>> {
-        self.vectors.check_open(WHAT)?;
-        let registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
-        // It may have been closed while this thread waited.
-        self.vectors.check_open(WHAT)?;
-        Ok(registers)
+    fn pba_bytes(&self) -> usize {
+        self.vectors().count().div_ceil(64) * 8
     }
 
     /// Reads the table. An access that section 6.8.2 does not define reads as all ones.
     pub fn read_table(&self, offset: u64, size: usize) -> Result<u64> {
-        let registers = self.lock()?;
-        let dwords = access::dwords(offset, size, registers.entries.len() * ENTRY);
-        Ok(dwords.map_or_else(
+        let state = self.lock()?;
+        Ok(access::dwords(offset, size, self.table_bytes()).map_or_else(
             || access::all_ones(size),
-            |dwords| access::value(dwords.map(|place| registers.entries[place / 4][place % 4])),
+            |dwords| access::value(dwords.map(|place| state.registers.entries[place / 4][place % 4])),
         ))
     }
 
     /// Writes the table. An access that section 6.8.2 does not define writes nothing.
     pub fn write_table(&self, offset: u64, data: &[u8]) -> Result {
-        let mut registers = self.lock()?;
-        let Some(dwords) = access::dwords(offset, data.len(), registers.entries.len() * ENTRY) else {
-            return Ok(());
-        };
-        // A qword does not reach into the next entry.
-        let index = dwords.start / 4;
-        let was_live = registers.is_live(index);
-        for (place, bytes) in dwords.zip(data.chunks_exact(4)) {
-            let value = bytes.iter().rev().fold(0, |high, low| high << 8 | u32::from(*low));
-            let writable = if place % 4 == CONTROL { MASK } else { u32::MAX };
-            registers.entries[index][place % 4] = value & writable;
-        }
-        self.follow(&mut registers, index..index + 1, was_live);
-        Ok(())
-    }
-
-    /// Arms or disarms the unmasked ones of some vectors, if they were not live and are now, or the other way
-    /// round.
-    fn follow(&self, registers: &mut Registers, vectors: Range<usize>, were_live: bool) {
-        let mut faults = std::mem::take(&mut registers.faults);
-        if were_live {
-            self.vectors.disarm(&mut faults, vectors.filter(|index| !registers.is_live(*index)));
-        } else {
-            let live = vectors.filter(|index| registers.is_live(*index));
-            self.vectors.arm(&mut faults, live.map(|index| (index, registers.message(index))));
-        }
-        registers.faults = faults;
+        self.change(|registers| {
+            let dwords = access::dwords(offset, data.len(), self.table_bytes())?;
+            // A qword does not reach into the next entry.
+            let vector = dwords.start / 4;
+            let control = dwords.end % 4 == 0;
+            for (place, bytes) in dwords.zip(data.chunks_exact(4)) {
+                let value = bytes.iter().rev().fold(0, |high, low| high << 8 | u32::from(*low));
+                let writable = if place % 4 == CONTROL { MASK } else { u32::MAX };
+                registers.entries[vector][place % 4] = value & writable;
+            }
+            control.then_some(Changed { vectors: vector..vector + 1, messages: false })
+        })
     }
 
     /// Reads the pending bits (section 6.8.2.10): a bit for each vector, in qwords. The bits beyond the last vector
-    /// are 0.
+    /// are 0. Takes no lock.
     pub fn read_pba(&self, offset: u64, size: usize) -> Result<u64> {
-        self.vectors.check_open(WHAT)?;
-        let length = self.vectors.len().div_ceil(64) * 8;
-        let Some(dwords) = access::dwords(offset, size, length) else { return Ok(access::all_ones(size)) };
-        let vectors = (dwords.start * 32..dwords.end * 32).take_while(|index| *index < self.vectors.len());
-        // A route that is closed, or whose eventfd other code has closed, will never send anything.
-        let pending = vectors.filter(|index| self.vectors.pending(*index).unwrap_or(false));
-        Ok(pending.fold(0, |bits, index| bits | 1 << (index - dwords.start * 32)))
+        self.vectors().check_open()?;
+        Ok(access::dwords(offset, size, self.pba_bytes()).map_or_else(
+            || access::all_ones(size),
+            |dwords| self.vectors().pending_bits(dwords.start * 32..dwords.end * 32),
+        ))
     }
 
     /// The message control register.
     pub fn message_control(&self) -> Result<u16> {
-        let registers = self.lock()?;
-        Ok(registers.control | (self.vectors.len() - 1) as u16)
+        Ok(self.lock()?.registers.control | (self.vectors().count() - 1) as u16)
     }
 
     /// Takes a write to the capability at an offset from its first byte. All but message control's `ENABLE` and
     /// `FUNCTION_MASK` is read-only. An access that is not an aligned byte, word or dword writes nothing.
     pub fn write_message_control(&self, offset: u64, data: &[u8]) -> Result {
-        let mut registers = self.lock()?;
-        let bytes = access::bytes(offset, data.len(), CAPABILITY).unwrap_or_default();
-        let Some((_, high)) = bytes.zip(data).find(|(place, _)| *place == CONTROL_HIGH) else { return Ok(()) };
-        let was_open = registers.is_open();
-        registers.control = u16::from(*high) << 8 & (ENABLE | FUNCTION_MASK);
-        if registers.is_open() != was_open {
-            self.follow(&mut registers, 0..self.vectors.len(), was_open);
-        }
-        Ok(())
+        self.change(|registers| {
+            let bytes = access::bytes(offset, data.len(), CAPABILITY)?;
+            let (_, high) = bytes.zip(data).find(|(place, _)| *place == CONTROL_HIGH)?;
+            let control = u16::from(*high) << 8 & (ENABLE | FUNCTION_MASK);
+            let before = std::mem::replace(&mut registers.control, control);
+            (control != before).then_some(Changed { vectors: 0..self.vectors().count(), messages: false })
+        })
     }
 
     /// The capability for configuration space (sections 6.8.2.1 to 6.8.2.5). Its next pointer is 0.
@@ -189,8 +148,8 @@ impl MsixTable {
         (table_bar, table_offset): (u64, u64),
         (pba_bar, pba_offset): (u64, u64),
     ) -> Result<[u8; CAPABILITY]> {
-        let table = place("table", table_bar, table_offset, self.vectors.len() * ENTRY)?;
-        let pba = place("pba", pba_bar, pba_offset, self.vectors.len().div_ceil(64) * 8)?;
+        let table = place("table", table_bar, table_offset, self.table_bytes())?;
+        let pba = place("pba", pba_bar, pba_offset, self.pba_bytes())?;
         if table_bar == pba_bar && table.start < pba.end && pba.start < table.end {
             return Err(Error::Invalid(format!(
                 "pba_offset {pba_offset:#x} puts the pending bits over the table, which has BAR {table_bar} from \
@@ -204,88 +163,6 @@ impl MsixTable {
         bytes[4..8].copy_from_slice(&((table_offset | table_bar) as u32).to_le_bytes());
         bytes[8..12].copy_from_slice(&((pba_offset | pba_bar) as u32).to_le_bytes());
         Ok(bytes)
-    }
-
-    /// Returns to the reset state: disarms every vector, and takes away what is pending. Vectors keep their routes.
-    pub fn reset(&self) -> Result {
-        let mut registers = self.lock()?;
-        registers.entries.fill(RESET);
-        registers.control = 0;
-        registers.faults.clear();
-        self.vectors.disarm(&mut registers.faults, 0..self.vectors.len());
-        for index in 0..self.vectors.len() {
-            // Fails only if the route was closed by itself, or its eventfd by other code. Then nothing is pending.
-            let _taken = self.vectors.consume_pending(index);
-        }
-        Ok(())
-    }
-
-    /// The vectors that are not armed or disarmed as the guest asked, with the reason.
-    pub fn faults(&self) -> Result<Vec<(usize, Arc<Error>)>> {
-        let registers = self.lock()?;
-        let mut faults = registers.faults.clone();
-        for index in (0..self.vectors.len()).filter(|index| registers.is_live(*index)) {
-            if !faults.contains_key(&index) {
-                faults.extend(self.vectors.lost_arming(index).map(|error| (index, Arc::new(error))));
-            }
-        }
-        Ok(faults.into_iter().collect())
-    }
-
-    /// Signals a vector: sends its message if it is armed, otherwise leaves a signal pending. Takes no lock.
-    pub fn signal(&self, index: usize) -> Result {
-        self.vectors.signal(index, WHAT)
-    }
-
-    /// Whether the vector's mask bit or the function mask is set (section 6.8.3.5).
-    pub fn masked(&self, index: usize) -> Result<bool> {
-        let registers = self.lock()?;
-        Ok(registers.control & FUNCTION_MASK != 0 || registers.entries[index][CONTROL] & MASK != 0)
-    }
-
-    /// Whether a signal waits for the vector to be armed. Takes no lock.
-    pub fn pending(&self, index: usize) -> Result<bool> {
-        self.vectors.check_open(WHAT)?;
-        self.vectors.pending(index)
-    }
-
-    /// Takes the pending signals of a vector, and returns whether there were any. For devices whose interrupt's
-    /// cause has gone (section 6.8.3.5).
-    pub fn consume_pending(&self, index: usize) -> Result<bool> {
-        self.vectors.check_open(WHAT)?;
-        self.vectors.consume_pending(index)
-    }
-
-    /// The vector's route, if it has been taken. Takes no lock.
-    pub fn route(&self, index: usize) -> Option<&Arc<IrqFdRoute>> {
-        self.vectors.route(index)
-    }
-
-    /// The vector's route, taken now if need be.
-    pub fn take_route(&self, index: usize) -> Result<&Arc<IrqFdRoute>> {
-        let _registers = self.lock()?;
-        self.vectors.take_masked(index)
-    }
-
-    /// The vectors whose routes have been taken. Takes no lock.
-    pub fn taken(&self) -> impl Iterator<Item = (usize, &Arc<IrqFdRoute>)> {
-        self.vectors.taken()
-    }
-
-    pub fn is_closed(&self) -> bool {
-        self.vectors.is_closed()
-    }
-
-    /// Closes the vectors' routes. Continues past errors and reports them at the end.
-    pub fn close(&self) -> Result {
-        self.partition().check_owner()?;
-        let _registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
-        self.vectors.close()
-    }
-
-    /// For finalizers: closes. In a forked child closes only the descriptors.
-    pub fn abandon(&self) -> Result {
-        if self.partition().check_owner().is_ok() { self.close() } else { self.vectors.abandon() }
     }
 }
 

@@ -36,7 +36,7 @@ fn faulty(table: &MsixTable) -> Vec<usize> {
 }
 
 fn armed(table: &MsixTable) -> Vec<usize> {
-    table.taken().filter(|(_, route)| route.armed().unwrap()).map(|(vector, _)| vector).collect()
+    table.vectors().taken().filter(|(_, route)| route.armed().unwrap()).map(|(vector, _)| vector).collect()
 }
 
 #[test]
@@ -87,42 +87,42 @@ fn values_are_little_endian() {
 
 #[test]
 fn a_device_that_is_brought_up_makes_one_push() {
-    let (partition, table) = device(MAX_VECTORS);
+    let (partition, table) = device(MSIX_VECTORS);
     table.write_message_control(2, &ENABLE_MASKED).unwrap();
-    for vector in 0..MAX_VECTORS as u64 {
+    for vector in 0..MSIX_VECTORS as u64 {
         mask(&table, vector);
         set(&table, vector, 0x20 + vector % 0xC0);
     }
     assert_eq!(partition.stats().unwrap().arms, 0);
     table.write_message_control(2, &ENABLE).unwrap();
     let stats = partition.stats().unwrap();
-    assert_eq!((stats.pushes, stats.arms, stats.disarms), (1, MAX_VECTORS as u64, 0));
+    assert_eq!((stats.pushes, stats.arms, stats.disarms), (1, MSIX_VECTORS as u64, 0));
     assert!(faulty(&table).is_empty());
 }
 
 #[test]
 fn signals_are_latched_before_a_route_is_taken_and_sent_once_it_is_armed() {
     let (partition, table) = device(3);
-    table.signal(1).unwrap();
-    table.signal(1).unwrap();
-    assert!(table.route(1).is_none());
+    table.vectors().signal(1).unwrap();
+    table.vectors().signal(1).unwrap();
+    assert!(table.vectors().route(1).is_none());
     assert_eq!(table.read_pba(0, 8).unwrap(), 0b10);
     set(&table, 1, 0x41);
     table.write_message_control(2, &ENABLE).unwrap();
     assert_eq!(arrived(&partition), [0x41]);
     assert_eq!(table.read_pba(0, 8).unwrap(), 0);
-    assert!(!table.consume_pending(1).unwrap());
+    assert!(!table.vectors().consume_pending(1).unwrap());
 }
 
 #[test]
 fn latched_signals_can_be_taken_back_and_a_reset_takes_them() {
     let (_partition, table) = device(2);
-    table.signal(0).unwrap();
-    table.signal(1).unwrap();
-    assert!(table.consume_pending(0).unwrap());
-    assert!(!table.pending(0).unwrap());
+    table.vectors().signal(0).unwrap();
+    table.vectors().signal(1).unwrap();
+    assert!(table.vectors().consume_pending(0).unwrap());
+    assert!(!table.vectors().pending(0).unwrap());
     table.reset().unwrap();
-    assert!(!table.pending(1).unwrap());
+    assert!(!table.vectors().pending(1).unwrap());
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn an_event_of_two_vectors_or_of_none_is_refused_and_leaves_no_route() {
         assert_eq!(partition.gsi_state(24).unwrap(), GsiState::Unallocated);
     }
     let table = MsixTable::new(Arc::clone(&partition), 2, &[(1, fd)]).unwrap();
-    assert_eq!(table.taken().map(|(vector, _)| vector).collect::<Vec<_>>(), [1usize]);
+    assert_eq!(table.vectors().taken().map(|(vector, _)| vector).collect::<Vec<_>>(), [1usize]);
 }
 
 #[test]
@@ -197,13 +197,13 @@ fn signals_from_many_threads_that_meet_the_first_unmasking_are_not_lost() {
         table.write_message_control(2, &ENABLE).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..3 {
-                scope.spawn(|| table.signal(0).unwrap());
+                scope.spawn(|| table.vectors().signal(0).unwrap());
             }
             set(&table, 0, 0x41);
         });
         let arrived = arrived(&partition);
         assert!((1..=4).contains(&arrived.len()), "{arrived:?}");
-        assert!(!table.pending(0).unwrap());
+        assert!(!table.vectors().pending(0).unwrap());
     }
 }
 
@@ -220,8 +220,8 @@ fn a_vector_that_waits_to_be_re_armed_is_told_until_a_push_arms_it() {
     assert_eq!((faulty(&table), armed(&table)), (vec![0usize, 1], Vec::<usize>::new()));
     let text = table.faults().unwrap()[0].1.to_string();
     assert!(text.contains("GSI 24") && text.contains("the next push tries again"), "{text}");
-    table.signal(0).unwrap();
-    assert!(table.pending(0).unwrap());
+    table.vectors().signal(0).unwrap();
+    assert!(table.vectors().pending(0).unwrap());
     mask(&table, 1);
     set(&table, 1, 0x43);
     assert_eq!((faulty(&table), armed(&table)), (Vec::<usize>::new(), vec![0usize, 1]));

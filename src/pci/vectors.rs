@@ -1,6 +1,7 @@
 //! The vectors of a device: a route for each that is used, its signals, and its faults.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -17,8 +18,10 @@ const PUSHES: usize = 4;
 /// The vectors of one device. The lock of the device's registers guards arming, disarming and the taking of routes.
 /// Signals and pending bits need no lock.
 #[derive(Debug)]
-pub(super) struct Vectors {
+pub struct Vectors {
     partition: Arc<Partition>,
+    /// What it is part of, for messages.
+    what: &'static str,
     each: Box<[Vector]>,
     closed: AtomicBool,
 }
@@ -53,8 +56,19 @@ impl Step<'_> {
 
 impl Vectors {
     /// `events` are the caller's eventfds, for the vectors that have one. Those take their routes at once.
-    pub(super) fn new(partition: Arc<Partition>, count: usize, events: &[(usize, RawFd)]) -> Result<Self> {
+    pub(super) fn new(
+        partition: Arc<Partition>,
+        what: &'static str,
+        count: usize,
+        events: &[(usize, RawFd)],
+    ) -> Result<Self> {
         partition.check_open()?;
+        if let Some((index, _)) = events.iter().find(|(index, _)| *index >= count) {
+            return Err(Error::Invalid(format!(
+                "events has an eventfd for vector {index}; this device has vectors 0 to {}",
+                count - 1
+            )));
+        }
         let each: Box<[Vector]> = (0..count).map(|_| Vector::default()).collect();
         for (index, fd) in events {
             let route = Arc::new(partition.new_route(Some(*fd))?);
@@ -63,35 +77,36 @@ impl Vectors {
                 return Err(Error::Invalid(format!("vector {index} has two eventfds in events; give one")));
             }
         }
-        Ok(Self { partition, each, closed: AtomicBool::new(false) })
+        Ok(Self { partition, what, each, closed: AtomicBool::new(false) })
     }
 
-    pub(super) fn partition(&self) -> &Arc<Partition> {
+    pub fn partition(&self) -> &Arc<Partition> {
         &self.partition
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// The number of vectors.
+    pub fn count(&self) -> usize {
         self.each.len()
     }
 
-    pub(super) fn is_closed(&self) -> bool {
+    pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
     /// Checks that this process may use the vectors. Comes before any lock; see [`Partition::check_owner`].
-    pub(super) fn check_open(&self, what: &str) -> Result {
+    pub fn check_open(&self) -> Result {
         self.partition.check_open()?;
-        if self.is_closed() { Err(Error::Closed(what.into())) } else { Ok(()) }
+        if self.is_closed() { Err(Error::Closed(self.what.into())) } else { Ok(()) }
     }
 
     /// The vector's route, if it has been taken.
-    pub(super) fn route(&self, index: usize) -> Option<&Arc<IrqFdRoute>> {
+    pub fn route(&self, index: usize) -> Option<&Arc<IrqFdRoute>> {
         self.each[index].route.get()
     }
 
     /// The vectors whose routes have been taken.
-    pub(super) fn taken(&self) -> impl Iterator<Item = (usize, &Arc<IrqFdRoute>)> {
-        (0..self.len()).filter_map(|index| Some((index, self.route(index)?)))
+    pub fn taken(&self) -> impl Iterator<Item = (usize, &Arc<IrqFdRoute>)> {
+        (0..self.count()).filter_map(|index| Some((index, self.route(index)?)))
     }
 
     /// The vector's route for other code, taken now if need be: masked like the vector. The caller holds the lock
@@ -123,13 +138,13 @@ impl Vectors {
         Ok(route)
     }
 
-    /// Signals a vector. Before its route is taken, the signal is latched. Takes no lock.
-    pub(super) fn signal(&self, index: usize, what: &str) -> Result {
+    /// Signals a vector: sends its message if it is armed, otherwise leaves a signal pending. Takes no lock.
+    pub fn signal(&self, index: usize) -> Result {
         let Vector { route, latched } = &self.each[index];
         if let Some(route) = route.get() {
             return route.signal(1);
         }
-        self.check_open(what)?;
+        self.check_open()?;
         // Of this swap and that in `take`, the later one sees the other's work, and so the signal reaches the eventfd.
         latched.swap(true, Ordering::AcqRel);
         match route.get() {
@@ -139,13 +154,27 @@ impl Vectors {
     }
 
     /// Whether a signal waits for the vector to be armed. Takes no lock.
-    pub(super) fn pending(&self, index: usize) -> Result<bool> {
+    pub fn pending(&self, index: usize) -> Result<bool> {
+        self.check_open()?;
         let Vector { route, latched } = &self.each[index];
         Ok(latched.load(Ordering::Acquire) || route.get().map_or(Ok(false), |route| route.pending())?)
     }
 
-    /// Takes the pending signals of a vector, and returns whether there were any.
-    pub(super) fn consume_pending(&self, index: usize) -> Result<bool> {
+    /// The pending bits of some vectors, the first lowest: 64 of them at most. Takes no lock.
+    pub(super) fn pending_bits(&self, vectors: Range<usize>) -> u64 {
+        let pending = |index: &usize| {
+            let Vector { route, latched } = &self.each[*index];
+            // A route that is closed, or whose eventfd other code has closed, will never send anything.
+            latched.load(Ordering::Acquire) || route.get().is_some_and(|route| route.pending().unwrap_or(false))
+        };
+        let (first, end) = (vectors.start, vectors.end.min(self.count()));
+        (first..end).filter(pending).fold(0, |bits, index| bits | 1 << (index - first))
+    }
+
+    /// Takes the pending signals of a vector, and returns whether there were any. For a device whose reason to
+    /// interrupt has gone.
+    pub fn consume_pending(&self, index: usize) -> Result<bool> {
+        self.check_open()?;
         let Vector { route, latched } = &self.each[index];
         let from_latch = latched.swap(false, Ordering::AcqRel);
         Ok(route.get().map_or(Ok(false), |route| route.consume_pending())? || from_latch)
@@ -153,7 +182,7 @@ impl Vectors {
 
     /// Arms vectors with their messages, with one push at most unless the kernel refuses a call. The vectors that
     /// can't be armed stay disarmed; the others are armed. The caller holds the lock of the registers.
-    pub(super) fn arm(&self, faults: &mut Faults, wanted: impl Iterator<Item = (usize, Result<MsiRoute>)>) {
+    pub(super) fn arm(&self, faults: &mut Faults, wanted: Vec<(usize, Result<MsiRoute>)>) {
         let mut steps = Vec::new();
         for (index, message) in wanted {
             let step = message.and_then(|message| {
@@ -177,12 +206,12 @@ impl Vectors {
 
     /// Disarms vectors. Those that the kernel refuses to disarm stay armed; the others are disarmed. The caller
     /// holds the lock of the registers.
-    pub(super) fn disarm(&self, faults: &mut Faults, vectors: impl Iterator<Item = usize>) {
+    pub(super) fn disarm(&self, faults: &mut Faults, vectors: Vec<usize>) {
         let step = |index| {
             let route = self.route(index).filter(|route| !route.is_closed())?;
             (!route.masked().unwrap_or(false)).then_some(Step { index, route, message: None })
         };
-        let steps: Vec<_> = vectors.filter_map(step).collect();
+        let steps: Vec<_> = vectors.into_iter().filter_map(step).collect();
         self.make(&steps, faults, &mut Vec::new());
     }
 

@@ -4,9 +4,11 @@
 mod arguments;
 mod batch;
 pub(crate) mod bench;
+mod device;
 pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;
+mod msi_capability;
 mod msix;
 pub(crate) mod objects;
 mod partition;

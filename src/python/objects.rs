@@ -20,8 +20,8 @@ pub(crate) struct Partition {
     pub(super) core: Arc<irqfd::Partition>,
     /// The Python objects of the routes, by GSI counted from the first.
     pub(super) routes: Mutex<Vec<Option<Py<PyWeakrefReference>>>>,
-    /// The devices whose vectors have routes of the partition.
-    pub(super) devices: Mutex<Vec<Weak<Device>>>,
+    /// The vectors of devices, which have routes of the partition.
+    pub(super) devices: Mutex<Vec<Weak<DeviceRoutes>>>,
 }
 
 impl Partition {
@@ -95,10 +95,18 @@ impl AsRef<irqfd::IrqFdRoute> for Kept {
 }
 
 /// A device's vectors, and the Python objects of their routes.
-pub(super) struct Device {
-    pub(super) core: pci::MsixTable,
+pub(super) struct DeviceRoutes {
+    pub(super) vectors: Arc<pci::Vectors>,
     /// Made when they are asked for. They live as long as the device, and do not refer to it.
-    pub(super) routes: Mutex<BTreeMap<usize, Py<IrqFdRoute>>>,
+    pub(super) objects: Mutex<BTreeMap<usize, Py<IrqFdRoute>>>,
+}
+
+/// What devices with MSI-X and with MSI have in common. See `MsixTable` and `MsiCapability`.
+#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
+pub(crate) struct Device {
+    pub(super) core: Arc<dyn pci::AnyDevice>,
+    pub(super) routes: Arc<DeviceRoutes>,
+    pub(super) partition: Py<Partition>,
 }
 
 /// A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
@@ -151,21 +159,62 @@ pub(super) struct Device {
 ///     ['0x41']
 ///     >>> table.close()
 ///     >>> partition.close()
-#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
-pub(crate) struct MsixTable {
-    pub(super) device: Arc<Device>,
-    pub(super) partition: Py<Partition>,
-}
+#[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
+pub(crate) struct MsixTable(pub(super) Arc<pci::MsixTable>);
 
-/// The vectors of an `MsixTable`, by number.
+/// A device's MSI capability: the registers of its guest driver, and a route for each vector that is used.
+///
+/// It has 64-bit addresses and a mask bit for each vector (PCI Local Bus 3.0 section 6.8.1, PCI Express 5.0 section
+/// 7.7.1). All its registers are in configuration space. A vector's route is armed while MSI is enabled, the vector is
+/// not masked, and the guest has granted that many vectors. Its message is the address and the data, with the vector's
+/// number in the lowest bits of the data. It is taken when the vector is armed, and again when the guest writes the
+/// data, which drivers write last: half of a new message is never sent.
+///
+/// Everything else is as with `MsixTable`: signals, pending bits, accesses that never raise, faults, threads.
+///
+/// Args:
+///     partition: the partition that gets the interrupts.
+///     vectors: the number of vectors: 1, 2, 4, 8, 16 or 32.
+///     events: eventfds of the caller's, as with `MsixTable`.
+///
+/// Raises:
+///     ClosedError: the capability or its partition is closed. Every method but `close()` raises this.
+///     ValueError, TypeError: `vectors` or `events` is invalid; see also `Partition.new_irqfd_route()`.
+///     GsiExhaustedError, IrqFdError: no route can be made for an eventfd in `events`.
+///
+/// Example:
+///     >>> partition = open_partition("simulated")
+///     >>> device = MsiCapability(partition, 2)
+///     >>> device.write_config(4, (0xFEE00000).to_bytes(4, "little"))  # the guest sets the address
+///     >>> device.write_config(12, (0x40).to_bytes(2, "little"))  # and the data
+///     >>> device.write_config(2, (0x11).to_bytes(2, "little"))  # grants two vectors and enables MSI
+///     >>> device.vectors[1].signal()
+///     >>> [hex(interrupt.vector) for interrupt in partition.take_interrupts(timeout=10)]
+///     ['0x41']
+///     >>> device.close()
+///     >>> partition.close()
+#[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
+pub(crate) struct MsiCapability(pub(super) Arc<pci::MsiCapability>);
+
+/// The vectors of a device, by number.
 #[pyclass(frozen, sequence, module = "mshv_irqfd._core")]
-pub(crate) struct MsixVectors(pub(super) Py<MsixTable>);
+pub(crate) struct Vectors(pub(super) Py<Device>);
+
+/// A vector of a device. It keeps the device alive.
+#[pyclass(frozen, subclass, module = "mshv_irqfd._core")]
+pub(crate) struct Vector {
+    pub(super) device: Py<Device>,
+    pub(super) index: usize,
+}
 
 /// A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
 ///
 /// Hold it where signals must be fast: `signal()` is one write.
-#[pyclass(frozen, module = "mshv_irqfd")]
-pub(crate) struct MsixVector {
-    pub(super) table: Py<MsixTable>,
-    pub(super) index: usize,
-}
+#[pyclass(frozen, extends = Vector, module = "mshv_irqfd")]
+pub(crate) struct MsixVector;
+
+/// A vector of an `MsiCapability`: `capability.vectors[i]`. It keeps the capability alive.
+///
+/// Hold it where signals must be fast: `signal()` is one write.
+#[pyclass(frozen, extends = Vector, module = "mshv_irqfd")]
+pub(crate) struct MsiVector;

@@ -86,7 +86,7 @@ impl Partition {
         vps.map(|vps| PyTuple::new(py, vps)).transpose()
     }
 
-    /// The open routes, those of MSI-X vectors among them, in a list ordered by GSI.
+    /// The open routes, those of devices' vectors among them, in a list ordered by GSI.
     #[getter]
     fn routes<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
         let (py, this) = (slf.py(), slf.get());
@@ -97,8 +97,8 @@ impl Partition {
         };
         let mut open: Vec<Bound<'_, IrqFdRoute>> =
             routes.into_iter().filter_map(|route| route.cast_into().ok()).collect();
-        for device in this.devices(py) {
-            open.extend(device.routes(slf)?);
+        for device in this.device_routes(py) {
+            open.extend(device.all(slf)?);
         }
         open.retain(|route| !route.get().route.is_closed());
         open.sort_by_key(|route| route.get().route.gsi());

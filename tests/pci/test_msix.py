@@ -103,7 +103,7 @@ def test_a_table_refuses_an_entry_that_is_not_there(guest: Guest) -> None:
         assert [vector.index for vector in driver.table.vectors] == [0, 1, 2]
         assert driver.table.vectors[-1] == driver.table.vectors[2]
         assert len({driver.table.vectors[0], driver.table.vectors[0], driver.table.vectors[1]}) == 2
-        assert driver.table.vectors[0].table is driver.table
+        assert driver.table.vectors[0].device is driver.table
         for index in (3, -4, 2**62):
             with pytest.raises(IndexError, match="0 to 2"):
                 driver.table.vectors[index]
