@@ -38,7 +38,7 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
 
 /// A partition of a hypervisor. Its routes keep it alive; dropping it closes it.
 ///
-/// Locks are taken in this order: a route's, then the partition's. A batch locks its routes by GSI. The partition's
+/// Locks are taken in this order: a device's, a route's, then the partition's. A batch locks its routes by GSI. The partition's
 /// lock guards the routing table and the set of armed irqfds, and every call that changes them.
 #[derive(Debug)]
 pub struct Partition {

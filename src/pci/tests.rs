@@ -1,4 +1,4 @@
-//! MSI-X tables on a simulated partition.
+//! Devices on a simulated partition.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -226,4 +226,42 @@ fn a_vector_that_waits_to_be_re_armed_is_told_until_a_push_arms_it() {
     set(&table, 1, 0x43);
     assert_eq!((faulty(&table), armed(&table)), (Vec::<usize>::new(), vec![0usize, 1]));
     assert_eq!(arrived(&partition), [0x41]);
+}
+
+#[test]
+fn a_live_msi_vector_that_can_not_take_its_new_message_sends_none() {
+    let options = Options { preload: false, ..Options::default() };
+    let partition = Partition::open(Backend::Simulated, &options).unwrap();
+    let device = MsiCapability::new(Arc::clone(&partition), 2, &[]).unwrap();
+    device.write(4, &0xFEE0_0000u32.to_le_bytes()).unwrap();
+    device.write(12, &[0x40, 0]).unwrap();
+    device.write(2, &[0x11, 0]).unwrap();
+    partition.simulated().unwrap().fail(Operation::SetMsiRouting, libc::ENOMEM, 0, 100);
+    device.write(12, &[0x50, 0]).unwrap();
+    assert_eq!(device.faults().unwrap().len(), 2);
+    device.vectors().signal(1).unwrap();
+    assert!(arrived(&partition).is_empty());
+    assert_eq!(device.read(20, 4).unwrap(), 0b10);
+    // The messages of before need no push.
+    device.write(12, &[0x40, 0]).unwrap();
+    assert_eq!(arrived(&partition), [0x41]);
+    assert!(device.faults().unwrap().is_empty());
+}
+
+#[test]
+fn msi_sends_no_more_vectors_than_the_guest_grants() {
+    let partition = Partition::open(Backend::Simulated, &Options::default()).unwrap();
+    assert!(MsiCapability::new(Arc::clone(&partition), 3, &[]).is_err());
+    let device = MsiCapability::new(Arc::clone(&partition), 32, &[]).unwrap();
+    device.write(4, &0xFEE0_0000u32.to_le_bytes()).unwrap();
+    device.write(12, &[0x5F, 0]).unwrap();
+    for (code, granted) in [(0u8, 1u8), (3, 8), (5, 32), (7, 32)] {
+        device.write(2, &[code << 4 | 1, 0]).unwrap();
+        let live: Vec<_> =
+            (0..32).filter(|vector| device.vectors().route(*vector).is_some_and(|r| r.armed().unwrap())).collect();
+        assert_eq!(live, (0..granted.into()).collect::<Vec<usize>>());
+        device.vectors().signal(0).unwrap();
+        assert_eq!(arrived(&partition), [0x5F & !(granted - 1)]);
+        device.write(2, &[0, 0]).unwrap();
+    }
 }

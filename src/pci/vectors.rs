@@ -192,16 +192,20 @@ impl Vectors {
             });
             match step {
                 Ok(step) => steps.push(step),
-                Err(error) => {
-                    if let Some(route) = self.route(index).filter(|route| route.armed().unwrap_or(false)) {
-                        // An earlier call could not disarm it. This one's error is the one to tell.
-                        let _refused_again = route.mask();
-                    }
-                    faults.insert(index, Arc::new(error));
-                }
+                Err(error) => self.fail_to_arm(faults, index, Arc::new(error)),
             }
         }
         self.make(&steps, faults, &mut Vec::new());
+    }
+
+    /// Remembers why a vector could not be armed. It may be armed with a message that the guest does not want any more:
+    /// that of a live MSI vector, or one that could not be disarmed. Better silent.
+    fn fail_to_arm(&self, faults: &mut Faults, index: usize, error: Arc<Error>) {
+        if let Some(route) = self.route(index).filter(|route| route.armed().unwrap_or(false)) {
+            // If this is refused too, the first error is the one to tell.
+            let _refused = route.mask();
+        }
+        faults.insert(index, error);
     }
 
     /// Disarms vectors. Those that the kernel refuses to disarm stay armed; the others are disarmed. The caller
@@ -235,7 +239,12 @@ impl Vectors {
             refused.push(Arc::clone(&error));
         }
         if steps.len() == 1 || refused.len() >= PUSHES {
-            faults.extend(steps.iter().map(|step| (step.index, Arc::clone(&error))));
+            for Step { index, message, .. } in steps {
+                match message {
+                    Some(_) => self.fail_to_arm(faults, *index, Arc::clone(&error)),
+                    None => drop(faults.insert(*index, Arc::clone(&error))),
+                }
+            }
             return;
         }
         let (first, second) = steps.split_at(steps.len() / 2);
