@@ -10,6 +10,9 @@ SOAK_KVM ?= 500x50
 SOAK_MSHV ?= 100x50
 FAULTS := tests/model/test_model.py tests/rules/3_a_failed_call_changes_nothing/test_rollback.py
 SOAKED := $(FAULTS) tests/processes/test_leaks.py tests/processes/test_races.py
+# Seconds of the storm in `make soak`, on each backend and scheduler.
+SOAK_STORM ?= 600
+STORM := tests/model/test_storm.py
 # Random walks of the Rust core, passed to proptest as PROPTEST_CASES.
 SOAK_WALKS ?= 100000
 # Seconds for each fuzz target.
@@ -54,14 +57,18 @@ free-threaded: ## Run the Python tests without the GIL, on a CPython 3.14 built 
 	MSHV_IRQFD_MODEL=$${MSHV_IRQFD_MODEL:-100x50} MSHV_IRQFD_RACES=$${MSHV_IRQFD_RACES:-20} $(FREE_RUN) $(PYTEST_ARGS)
 	MSHV_IRQFD_RACES=1 $(FREE_RUN) --parallel-threads=$(PARALLEL_THREADS) --skip-thread-unsafe=True $(PYTEST_ARGS)
 
-soak: build-dev ## Run the model test and every failure at length, on every backend and in Rust, and print the counts
-	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated $(FAULTS)
-	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" $(FAULTS)
+soak: export MSHV_IRQFD_STORM := $(SOAK_STORM)
+soak: build-dev ## Run the model test, a storm and every failure at length, on every backend and in Rust, and print the counts
+	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated $(FAULTS) $(STORM)
+	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" $(FAULTS) $(STORM)
 	lab/build
 	for scheduler in core root; do \
 		MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler $$scheduler --timeout 3600 \
 			--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_MODEL -- \
 			$(RUN) -m pytest -p no:cacheprovider -rP -k mshv $(SOAKED) || exit 1; \
+		MSHV_IRQFD_BACKENDS=mshv lab/run --scheduler $$scheduler --timeout $$(($(SOAK_STORM) + 300)) \
+			--env MSHV_IRQFD_BACKENDS --env MSHV_IRQFD_STORM -- \
+			$(RUN) -m pytest -p no:cacheprovider -rP -k mshv $(STORM) || exit 1; \
 	done
 	PROPTEST_CASES=$(SOAK_WALKS) cargo test --release --quiet --locked --lib irqfd::tests -- --nocapture
 

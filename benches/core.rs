@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a failing bench should stop")]
 
 use std::hint::black_box;
+use std::ops::Range;
 use std::sync::Arc;
 
 use criterion::Criterion;
@@ -25,9 +26,18 @@ fn msi(vector: usize) -> MsiRoute {
     MsiRoute::new(0xFEE0_0000, 0x30 + vector as u64 % 128).unwrap()
 }
 
-/// A partition with every GSI routed and armed.
+/// A partition with every GSI routed and armed, and no spare one.
 fn full() -> (Arc<Partition>, Vec<IrqFdRoute>) {
-    let config = Config { quiesce: false, ..Config::new(Backend::Simulated, 24..24 + GSIS as u32) };
+    full_beside(Vec::new())
+}
+
+/// A partition with every GSI routed and armed, and every vector of its VP loaded.
+fn full_and_loaded() -> (Arc<Partition>, Vec<IrqFdRoute>) {
+    full_beside(std::iter::once(24 + GSIS as u32..4096).collect())
+}
+
+fn full_beside(spares: Vec<Range<u32>>) -> (Arc<Partition>, Vec<IrqFdRoute>) {
+    let config = Config { quiesce: false, spares, ..Config::new(Backend::Simulated, 24..24 + GSIS as u32) };
     let partition = Partition::new(Box::new(NullPartition::new()), config).unwrap();
     partition.create_vp(0).unwrap();
     let routes: Vec<_> = (0..GSIS).map(|_| partition.new_route(None).unwrap()).collect();
@@ -49,13 +59,25 @@ fn allocate() -> Operation {
     })
 }
 
-/// Moves one route of a full table to another vector.
+/// Moves one route of a full table to another vector, by a push.
 fn set_on_a_full_table() -> Operation {
     let (_, routes) = full();
     let mut turn = 0;
     Box::new(move || {
         turn += 1;
         routes[GSIS / 2].set_msi(black_box(msi(turn))).unwrap();
+    })
+}
+
+/// Moves one route of a full table to another vector, which is loaded.
+fn set_a_loaded_one() -> Operation {
+    let (partition, routes) = full_and_loaded();
+    let pushes = partition.stats().unwrap().pushes;
+    let mut turn = 0;
+    Box::new(move || {
+        turn += 1;
+        routes[GSIS / 2].set_msi(black_box(msi(turn))).unwrap();
+        debug_assert_eq!(partition.stats().unwrap().pushes, pushes);
     })
 }
 
@@ -91,9 +113,10 @@ fn decode_an_msi() -> Operation {
     })
 }
 
-const OPERATIONS: [(&str, Make); 5] = [
+const OPERATIONS: [(&str, Make); 6] = [
     ("alloc", allocate),
     ("set-full-table", set_on_a_full_table),
+    ("set-loaded", set_a_loaded_one),
     ("mask-unmask", mask_and_unmask),
     ("batch-64", apply_a_batch),
     ("msi-decode", decode_an_msi),

@@ -47,10 +47,10 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::python::bench::{Baseline, null_partition};
+    use crate::python::bench::{Baseline, null_partition, signal_latencies};
     #[pymodule_export]
     use crate::python::{
-        event::EventFd, msi::MsiRoute, objects::Batch, objects::Device, objects::IrqFdRoute,
+        event::EventFd, msi::MsiRoute, objects::Batch, objects::Device, objects::IoEventFd, objects::IrqFdRoute,
         objects::MsiCapability, objects::MsiVector, objects::MsixTable, objects::MsixVector, objects::Partition,
         objects::Vector, objects::Vectors, probe::RawPartition,
     };

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import os
 from contextlib import ExitStack
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import backends
 import faults as faults_
+import modes
 import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from faults import Faults
@@ -122,9 +124,27 @@ def open_guest(backend: Backend) -> Iterator[Callable[..., Guest]]:
 
 
 @pytest.fixture
-def guest(open_guest: Callable[..., Guest], for_each_thread: Callable[..., Guest]) -> Guest:
-    """A partition with the default options."""
-    return for_each_thread(open_guest)
+def guest(
+    request: pytest.FixtureRequest,
+    backend: Backend,
+    open_guest: Callable[..., Guest],
+    for_each_thread: Callable[..., Guest],
+) -> Guest:
+    """A partition with the default options, or in a mode that the test names."""
+    mode = getattr(request, "param", None)
+    return for_each_thread(partial(open_guest, **modes.options(backend, mode) if mode else {}))
+
+
+@pytest.fixture
+def unloaded(backend: Backend, open_guest: Callable[..., Guest], for_each_thread: Callable[..., Guest]) -> Guest:
+    """A partition without spare GSIs: every new message is a push."""
+    return for_each_thread(partial(open_guest, **modes.options(backend, "unloaded")))
+
+
+@pytest.fixture
+def loaded(backend: Backend, open_guest: Callable[..., Guest], for_each_thread: Callable[..., Guest]) -> Guest:
+    """A partition whose pushes load messages into spare GSIs."""
+    return for_each_thread(partial(open_guest, **modes.options(backend, "loaded")))
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMES = 1000
 OPERATIONS = {
     "alloc": "take the last free GSI of 2,048 and give it back",
-    "set-full-table": "move one route of a full table (2,048 armed) to another vector",
+    "set-full-table": "move one route of a full table (2,048 armed) to another vector, by a push",
+    "set-loaded": "move one route of a full table to another vector, which is loaded",
     "mask-unmask": "mask and unmask one route of a full table",
     "batch-64": "move 64 routes of a full table to other vectors in one batch",
     "msi-decode": "check and decode an MSI's address and data",

@@ -27,7 +27,7 @@ ROOMS = {
 """The rooms that each room may import from, besides itself."""
 USE = re.compile(r"^\s*(?:pub(?:\([^)]*\))? )?use ([^;]+);", re.MULTILINE)
 PATH = re.compile(r"\b(?:crate|super)(?:::\w+)+")
-TEST_MODULE = re.compile(r"^#\[cfg\(test\)\]\nmod \w+ \{.*?^\}$", re.MULTILINE | re.DOTALL)
+TEST_MODULE = re.compile(r"^#\[cfg\(test\)\]\n(?:#\[.*\]\n)*mod \w+ \{.*?^\}$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"//[^\n]*")
 
 

@@ -1,8 +1,9 @@
 """irqfd and MSI routing for virtual machines: on the Microsoft Hypervisor, KVM, or a simulated kernel.
 
 Open a partition with `open_partition()`, create routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
-their eventfds: the kernel raises the interrupts with no trip through user space. `MsixTable` and `MsiCapability`
-are what a guest's driver sees of a device's routes.
+their eventfds: the kernel raises the interrupts with no trip through user space. The way back is
+`Partition.ioeventfd()`: the guest's writes signal an eventfd. `MsixTable` and `MsiCapability` are what a guest's driver
+sees of a device's routes.
 
 Import from this module only. The others are private.
 """
@@ -13,6 +14,8 @@ from mshv_irqfd.errors import (
     ForkedError,
     GsiExhaustedError,
     HypervisorUnavailableError,
+    InterruptError,
+    IoEventFdError,
     IrqFdError,
     MissingVpError,
     MshvIrqFdError,
@@ -22,6 +25,7 @@ from mshv_irqfd.errors import (
 )
 from mshv_irqfd.handles import (
     EventFd,
+    IoEventFd,
     IrqFdRoute,
     KvmPartition,
     MshvPartition,
@@ -43,6 +47,9 @@ __all__ = [
     "GsiState",
     "HypervisorUnavailableError",
     "Interrupt",
+    "InterruptError",
+    "IoEventFd",
+    "IoEventFdError",
     "IrqFdError",
     "IrqFdRoute",
     "KvmPartition",

@@ -8,6 +8,7 @@ from typing import Final, Generic, Protocol, Self, TypeVar, final, overload, typ
 from typing_extensions import disjoint_base
 
 from mshv_irqfd.handles import EventFd as PublicEventFd
+from mshv_irqfd.handles import IoEventFd as PublicIoEventFd
 from mshv_irqfd.handles import IrqFdRoute as PublicIrqFdRoute
 from mshv_irqfd.handles import MsiCapability as PublicMsiCapability
 from mshv_irqfd.handles import MsixTable as PublicMsixTable
@@ -20,6 +21,7 @@ __all__: Final = [
     "Batch",
     "Device",
     "EventFd",
+    "IoEventFd",
     "IrqFdRoute",
     "MsiCapability",
     "MsiRoute",
@@ -31,6 +33,7 @@ __all__: Final = [
     "Vector",
     "Vectors",
     "null_partition",
+    "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
 _V = TypeVar("_V", bound=Vector)
@@ -109,7 +112,8 @@ class EventFd:
     """An eventfd: a counter that one side adds to and the other empties.
 
     `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
-    `IrqFdRoute.event` is a view of a route's. It has `fileno()`, so it works with `selectors` and asyncio.
+    `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's. It has `fileno()`, so it works
+    with `selectors` and asyncio.
 
     Threads may share it. It works in a forked child, on the same counter as in the parent.
 
@@ -124,7 +128,7 @@ class EventFd:
         3
     """
 
-    def __new__(cls, _source: IrqFdRoute | int | None = None) -> Self: ...
+    def __new__(cls, _source: IrqFdRoute | IoEventFd | int | None = None) -> Self: ...
     @classmethod
     def from_fd(cls, fd: HasFileno | int) -> Self:
         """Duplicates a caller's eventfd (an int, or an object with `fileno()`). The caller still closes its own.
@@ -163,7 +167,7 @@ class EventFd:
         """
 
     def close(self) -> None:
-        """Closes the descriptor. Closing twice is fine. Closing a view does not close the route's descriptor."""
+        """Closes the descriptor. Closing twice is fine. A view leaves the descriptor of its route or doorbell open."""
 
     @property
     def closed(self) -> bool:
@@ -174,6 +178,107 @@ class EventFd:
 
     def _abandon(self) -> None:
         """For finalizers: closes."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@disjoint_base
+class IoEventFd:
+    """A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
+
+    `Partition.ioeventfd()` makes a doorbell. The eventfd is readable once the guest has rung, so `fileno()` works with
+    `selectors` and asyncio, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+
+    Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()` and `fileno()`
+    work, on the same counter as in the parent; `close()` raises `ForkedError`.
+
+    Raises:
+        ClosedError: the doorbell is closed. `signal()`, `consume()`, `fileno()` and `event` raise this.
+
+    Example:
+        >>> partition = open_partition("simulated")
+        >>> doorbell = partition.ioeventfd(0xD0000000, 4, datamatch=7)
+        >>> partition.write_mmio(0xD0000000, (7).to_bytes(4, "little"))
+        True
+        >>> doorbell.consume()
+        1
+        >>> doorbell
+        <IoEventFd MMIO 0xd0000000, 4 bytes, value 0x7>
+        >>> partition.close()
+    """
+
+    def __new__(
+        cls,
+        partition: Partition,
+        address: int,
+        length: int,
+        datamatch: int | None = None,
+        event: HasFileno | int | None = None,
+        port: bool = False,
+    ) -> Self: ...
+    @property
+    def address(self) -> int:
+        """The guest-physical address, or the number of the I/O port."""
+
+    @property
+    def length(self) -> int:
+        """The size in bytes of the writes that ring; 0: any size."""
+
+    @property
+    def datamatch(self) -> int | None:
+        """The value that rings; None: any value."""
+
+    @property
+    def port(self) -> bool:
+        """Whether `address` is an I/O port."""
+
+    @property
+    def partition(self) -> PublicPartition:
+        """The partition that the doorbell belongs to."""
+
+    @property
+    def event(self) -> PublicEventFd:
+        """A view of the doorbell's eventfd. Closing the view does not close the doorbell's descriptor."""
+
+    def fileno(self) -> int:
+        """The descriptor of the eventfd. It is readable once the guest has rung."""
+
+    def signal(self) -> None:
+        """Rings, as the guest does. Never waits. Works in a forked child.
+
+        Device models ring once when they resume from a saved state, because it does not have the rings in flight.
+
+        Raises:
+            ClosedError: the doorbell is closed.
+        """
+
+    def consume(self) -> int:
+        """Takes the rings so far. Never waits. Works in a forked child.
+
+        Returns:
+            Their number; 0 if nobody has rung. Always 0 on the eventfd of an armed route: the kernel takes them.
+
+        Raises:
+            ClosedError: the doorbell is closed.
+        """
+
+    def close(self) -> None:
+        """Takes the doorbell away from the guest and closes its descriptor. Closing twice is fine.
+
+        Raises:
+            IoEventFdError: the kernel refused. The doorbell is closed nevertheless. Its address stays taken, and
+                closing the partition tries once more.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+
+    def _is_left_open(self) -> bool:
+        """Whether a finalizer should warn. Always false in a forked child."""
+
+    def _abandon(self) -> None:
+        """For finalizers: closes. In a forked child closes only the descriptor."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
@@ -742,7 +847,8 @@ class Partition:
     """A partition (virtual machine) of a hypervisor, and the sole owner of its MSI routing table and irqfds.
 
     `open_partition()` and `Partition.from_fd()` make partitions. Threads may share one. Close it, or use `with`;
-    closing it closes its routes. In a forked child everything that would touch the partition raises `ForkedError`.
+    closing it closes its routes and doorbells. In a forked child everything that would touch the partition raises
+    `ForkedError`.
 
     Raises:
         ClosedError: the partition is closed. Nearly every method raises this.
@@ -810,6 +916,62 @@ class Partition:
                 RLIMIT_NOFILE).
         """
 
+    @overload
+    def signal_msi(self, address: MsiRoute, data: None = None) -> bool: ...
+    @overload
+    def signal_msi(self, address: int, data: int) -> bool:
+        """Raises one MSI now, with no eventfd and no route.
+
+        Takes what `IrqFdRoute.set_msi()` takes, and checks it alike. Pushes nothing.
+
+        Args:
+            address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
+            data: the data of the MSI. Omit it with an `MsiRoute`.
+
+        Returns:
+            False if the kernel reports that the guest did not take it. Only KVM tells, for instance while the guest's
+            local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
+
+        Raises:
+            ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the
+                rule.
+            MissingVpError: no VP has the destination's APIC id.
+            InterruptError: the kernel refused.
+        """
+
+    def ioeventfd(
+        self,
+        address: int,
+        length: int,
+        *,
+        datamatch: int | None = None,
+        event: HasFileno | int | None = None,
+        port: bool = False,
+    ) -> PublicIoEventFd:
+        """A new doorbell: the guest's writes to an address signal an eventfd; see `IoEventFd`.
+
+        A write that rings does not leave the kernel: no VMM sees it. On KVM, writes to guest memory never ring.
+
+        No write may ring two doorbells of a partition. So at one address, doorbells differ in length, or in `datamatch`
+        at one length; a doorbell of length 0 is alone.
+
+        Args:
+            address: the guest-physical address (64 bits), or the number of an I/O port. The write must begin there.
+            length: the size of the write in bytes: 1, 2, 4 or 8 (not 8 on a port). 0: any size.
+            datamatch: the value that rings, at most `length` bytes wide. None: any value.
+            event: a caller's eventfd (an int, or an object with `fileno()`), which the doorbell duplicates. Several
+                doorbells may share one. It may also be a route's: then the guest's write raises the route's MSI, and
+                the signals are the route's to take. By default the doorbell makes a new eventfd.
+            port: whether `address` is an I/O port. Only KVM has doorbells there.
+
+        Raises:
+            ValueError, OverflowError, TypeError: an argument is invalid, or the doorbell collides with another one of
+                this partition. The message names the value and the rule.
+            io.UnsupportedOperation: `port` on mshv or a simulated partition.
+            IoEventFdError: the kernel refused, and nothing changed.
+            IrqFdError: `event` is not open (EBADF), or the process has too many open files (EMFILE).
+        """
+
     def create_vp(self, index: int) -> None:
         """Creates the VP with this index, which is also its APIC id.
 
@@ -842,14 +1004,16 @@ class Partition:
         """Counts since the partition was opened. Works on a closed partition too."""
 
     def close(self) -> None:
-        """Closes the routes and the partition. Closing twice is fine.
+        """Closes the routes, the doorbells and the partition. Closing twice is fine.
 
         Raises:
             IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
+            IoEventFdError: some doorbells could not be taken away. Everything is closed nevertheless.
         """
 
     def _take_interrupts(self, timeout: float) -> list[Interrupt]: ...
     def _settle(self) -> None: ...
+    def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
     def _is_left_open(self) -> bool:
         """Whether a finalizer should warn. Always false in a forked child."""
@@ -887,10 +1051,10 @@ class RawPartition:
 
 @final
 class Baseline:
-    """A design of `src/instruments` on a partition of its own, with one VP.
+    """A design of `src/instruments` on a partition of its own, with four VPs.
 
     Args:
-        design: "floor", "floor-quiesced" or "rebuild".
+        design: "floor", "floor-quiesced", "floor-move" or "rebuild".
         backend: "mshv", "kvm", "simulated" or "null".
         routes: the number of routes.
     """
@@ -902,5 +1066,14 @@ class Baseline:
     def close(self) -> None:
         """Closes the partition."""
 
-def null_partition(gsis: range) -> Partition:
-    """A partition whose kernel does nothing, with one VP."""
+def null_partition(gsis: range, *, preload: bool) -> Partition:
+    """A partition whose kernel does nothing, with four VPs."""
+
+def signal_latencies(
+    routes: Sequence[IrqFdRoute], moved: IrqFdRoute | None, msis: Sequence[MsiRoute], seconds: float
+) -> tuple[list[int], int, int]:
+    """Signals routes in turn, and times each signal until its delivery, while another thread sets MSIs on `moved`.
+
+    Returns:
+        The nanoseconds of each signal, the number of late ones, and the number of MSIs set.
+    """

@@ -10,7 +10,7 @@ class MshvIrqFdError(Exception):
 
 
 class ClosedError(MshvIrqFdError, ValueError):
-    """A closed partition, route, batch or eventfd was used."""
+    """A closed partition, route, doorbell, batch or eventfd was used."""
 
 
 class ForkedError(MshvIrqFdError):
@@ -71,6 +71,14 @@ class RoutingError(_CallError):
 
 class IrqFdError(_CallError):
     """The kernel refused to arm or disarm an irqfd, or to create or read an eventfd."""
+
+
+class IoEventFdError(_CallError):
+    """The kernel refused to make a doorbell or to take one away."""
+
+
+class InterruptError(_CallError):
+    """The kernel refused to raise an MSI (`Partition.signal_msi()`)."""
 
 
 class VpError(_CallError):

@@ -43,6 +43,11 @@ class EventFd(_core.EventFd, _Finalized):  # noqa: D101 -- the docstring is the 
     __slots__ = ()
 
 
+class IoEventFd(_core.IoEventFd, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+    __doc__ = _core.IoEventFd.__doc__
+    __slots__ = ()
+
+
 class IrqFdRoute(_core.IrqFdRoute, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IrqFdRoute.__doc__
     __slots__ = ()
@@ -155,9 +160,33 @@ class SimulatedPartition(Partition):
         """Returns once every signal written before this call is delivered."""
         self._settle()
 
+    def write_mmio(self, address: int, data: bytes) -> bool:
+        """Writes to the guest's memory space as the guest does, and rings the doorbells that the write matches.
+
+        They have rung when this returns. Other writes do nothing: there is no guest memory.
+
+        Args:
+            address: the guest-physical address, of 64 bits.
+            data: 1, 2, 4 or 8 bytes, the lowest first.
+
+        Returns:
+            Whether a doorbell rang. A real guest's other writes go to its VMM.
+
+        Raises:
+            ValueError, OverflowError, TypeError: an argument is invalid.
+        """
+        return self._write_mmio(address, data)
+
     def fail(
         self,
-        call: Literal["set_msi_routing", "assign_irqfd", "deassign_irqfd"],
+        call: Literal[
+            "set_msi_routing",
+            "assign_irqfd",
+            "deassign_irqfd",
+            "assign_ioeventfd",
+            "deassign_ioeventfd",
+            "signal_msi",
+        ],
         errno: int,
         *,
         after: int = 0,

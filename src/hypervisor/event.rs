@@ -1,4 +1,5 @@
-//! The eventfd of a route. Device models signal it; the kernel empties it while an irqfd is armed on it.
+//! The eventfd of a route or a doorbell. Device models signal a route's, and the kernel empties it while an irqfd is armed
+//! on it. The kernel signals a doorbell's.
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -32,7 +33,7 @@ pub struct EventFd {
 const CLOSED: u32 = 1 << 31;
 const GONE: u32 = 1 << 30;
 
-/// The reason why a descriptor can't be the eventfd of a route.
+/// The reason why a descriptor can't be the eventfd of a route or a doorbell.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
     #[error("file descriptor {fd} is not open; give an open eventfd")]

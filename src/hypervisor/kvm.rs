@@ -12,10 +12,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_bindings::{KVM_API_VERSION, kvm_irqchip, kvm_lapic_state};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-use super::calls::Irqfd;
 use super::calls::kvm as calls;
+use super::calls::{IoEventFd, Irqfd};
 use super::event::{EventFd, Holder};
 use super::table::Table;
+use super::trigger::Trigger;
 use super::{CallError, CallResult, Hypervisor, Interrupt, Operation, RawMsi, descriptor};
 
 /// The device node of KVM.
@@ -167,6 +168,28 @@ impl Hypervisor for KvmPartition {
         let vm = self.vm(Operation::DeassignIrqfd, CALL)?;
         calls::irqfd(vm, Irqfd::deassign(event.as_raw_fd(), gsi))
             .map_err(|error| CallError::of(Operation::DeassignIrqfd, CALL, &error))
+    }
+
+    fn assign_ioeventfd(&mut self, trigger: Trigger, event: &dyn Holder) -> CallResult {
+        const CALL: &str = "KVM_IOEVENTFD";
+        let vm = self.vm(Operation::AssignIoEventFd, CALL)?;
+        calls::ioeventfd(vm, IoEventFd { event: event.event().as_raw_fd(), trigger, deassign: false })
+            .map_err(|error| CallError::of(Operation::AssignIoEventFd, CALL, &error))
+    }
+
+    fn deassign_ioeventfd(&mut self, trigger: Trigger, event: &EventFd) -> CallResult {
+        const CALL: &str = "KVM_IOEVENTFD (deassign)";
+        let vm = self.vm(Operation::DeassignIoEventFd, CALL)?;
+        calls::ioeventfd(vm, IoEventFd { event: event.as_raw_fd(), trigger, deassign: true })
+            .map_err(|error| CallError::of(Operation::DeassignIoEventFd, CALL, &error))
+    }
+
+    fn signal_msi(&mut self, msi: RawMsi) -> CallResult<bool> {
+        const CALL: &str = "KVM_SIGNAL_MSI";
+        let vm = self.vm(Operation::SignalMsi, CALL)?;
+        calls::signal_msi(vm, msi.address.into(), msi.data)
+            .map(|taken| taken != 0)
+            .map_err(|error| CallError::of(Operation::SignalMsi, CALL, &error))
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {

@@ -14,11 +14,13 @@ pub mod observer;
 pub mod owner;
 pub mod simulated;
 pub mod table;
+pub mod trigger;
 
 use std::fmt;
 use std::os::fd::RawFd;
 
 use event::{EventFd, Holder};
+use trigger::Trigger;
 
 /// Both kernels accept GSIs below this (`MSHV_MAX_GUEST_IRQS`, `KVM_MAX_IRQ_ROUTES`).
 pub const MAX_GSIS: u32 = 4096;
@@ -85,6 +87,9 @@ pub enum Operation {
     SetMsiRouting,
     AssignIrqfd,
     DeassignIrqfd,
+    AssignIoEventFd,
+    DeassignIoEventFd,
+    SignalMsi,
     CreateVp,
     Open,
     Event,
@@ -167,6 +172,11 @@ impl Backend {
         }
     }
 
+    /// Whether writes to I/O ports can ring doorbells. The mshv driver refuses them (`mshv_set_unset_ioeventfd`).
+    pub fn has_port_doorbells(self) -> bool {
+        matches!(self, Self::Kvm)
+    }
+
     /// Whether physical destination 0xFF (all processors) is safe. On the root scheduler the mshv driver takes it for
     /// the index of a VP (`mshv_try_assert_irq_fast`), and that VP does not exist.
     pub fn takes_broadcast(self) -> bool {
@@ -193,7 +203,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// One partition of one kernel: its routing table, its irqfds, its virtual processors.
+/// One partition of one kernel: its routing table, its irqfds, its doorbells, its virtual processors.
 ///
 /// An implementation owns an image of the table and changes it in place. `set_entry` and `drop_entry` change memory
 /// only, in constant time. `push` is one ioctl, which replaces the kernel's table with the image. If it fails, the
@@ -205,6 +215,9 @@ impl fmt::Display for Backend {
 /// `assign` raises one interrupt if signals are pending. `drain`, called afterwards for all assigned events, removes
 /// those signals from the counters, and no later ones. After `deassign`, signals stay in the counter. If other code has
 /// closed an event's descriptor, the calls fail with EBADF.
+///
+/// The caller must assign no doorbell whose trigger collides with another's: not every kernel checks this. Once
+/// `deassign_ioeventfd` has returned, the guest's writes no longer signal the event.
 pub trait Hypervisor: Send + fmt::Debug {
     fn set_entry(&mut self, gsi: u32, msi: RawMsi);
     fn drop_entry(&mut self, gsi: u32);
@@ -219,6 +232,12 @@ pub trait Hypervisor: Send + fmt::Debug {
         let failed = |(place, error)| (place, CallError::of(Operation::Event, "preadv2", &error));
         event::drain(events).into_iter().map(failed).collect()
     }
+    /// Makes the guest's matching writes signal an event.
+    fn assign_ioeventfd(&mut self, trigger: Trigger, event: &dyn Holder) -> CallResult;
+    fn deassign_ioeventfd(&mut self, trigger: Trigger, event: &EventFd) -> CallResult;
+    /// Raises an MSI now, without an eventfd and without the table. Returns false if the kernel reports that the guest
+    /// did not take it.
+    fn signal_msi(&mut self, msi: RawMsi) -> CallResult<bool>;
     /// Creates the virtual processor with this index, which is also its APIC id.
     fn create_vp(&mut self, index: u8) -> CallResult;
     /// Whether the table starts with the entries of an interrupt controller's pins, which own the first GSIs.

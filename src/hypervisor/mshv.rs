@@ -7,10 +7,11 @@ use std::path::Path;
 use mshv_bindings::{MSHV_PT_BIT_LAPIC, MSHV_PT_BIT_X2APIC, mshv_create_partition_v2};
 use mshv_ioctls::{Mshv, MshvError, VcpuFd, VmFd};
 
-use super::calls::Irqfd;
 use super::calls::mshv as calls;
+use super::calls::{IoEventFd, Irqfd};
 use super::event::{EventFd, Holder};
 use super::table::Table;
+use super::trigger::Trigger;
 use super::{CallError, CallResult, Hypervisor, Operation, RawMsi, descriptor};
 
 /// The device node of the driver.
@@ -96,6 +97,24 @@ impl Hypervisor for MshvPartition {
     fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
         calls::irqfd(self, Irqfd::deassign(event.as_raw_fd(), gsi))
             .map_err(|error| CallError::of(Operation::DeassignIrqfd, "MSHV_IRQFD (deassign)", &error))
+    }
+
+    fn assign_ioeventfd(&mut self, trigger: Trigger, event: &dyn Holder) -> CallResult {
+        calls::ioeventfd(self, IoEventFd { event: event.event().as_raw_fd(), trigger, deassign: false })
+            .map_err(|error| CallError::of(Operation::AssignIoEventFd, "MSHV_IOEVENTFD", &error))
+    }
+
+    fn deassign_ioeventfd(&mut self, trigger: Trigger, event: &EventFd) -> CallResult {
+        calls::ioeventfd(self, IoEventFd { event: event.as_raw_fd(), trigger, deassign: true })
+            .map_err(|error| CallError::of(Operation::DeassignIoEventFd, "MSHV_IOEVENTFD (deassign)", &error))
+    }
+
+    /// The hypervisor's answer does not tell whether the guest takes the interrupt.
+    fn signal_msi(&mut self, msi: RawMsi) -> CallResult<bool> {
+        const CALL: &str = "MSHV_ROOT_HVCALL (HVCALL_ASSERT_VIRTUAL_INTERRUPT)";
+        calls::assert_interrupt(self, msi)
+            .map(|()| true)
+            .map_err(|error| CallError::of(Operation::SignalMsi, CALL, &error))
     }
 
     fn create_vp(&mut self, index: u8) -> CallResult {

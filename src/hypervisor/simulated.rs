@@ -20,6 +20,7 @@ use super::calls::mshv as calls;
 use super::event::{EventFd, Holder, Share};
 use super::owner::Owner;
 use super::table::Table;
+use super::trigger::Trigger;
 use super::{CallError, CallResult, Hypervisor, Interrupt, MAX_GSIS, Operation, RawMsi, descriptor};
 
 /// A partition of the simulated kernel.
@@ -43,6 +44,7 @@ struct State {
     /// By GSI, up to the highest that has an entry.
     table: Vec<Option<RawMsi>>,
     irqfds: BTreeMap<Key, Irqfd>,
+    doorbells: Vec<Doorbell>,
     interrupts: VecDeque<Interrupt>,
     faults: Vec<Fault>,
 }
@@ -62,11 +64,21 @@ struct Irqfd {
     gsi: u32,
 }
 
+struct Doorbell {
+    trigger: Trigger,
+    share: Share,
+}
+
 struct Fault {
     operation: Operation,
     errno: i32,
     after: u32,
     times: u32,
+}
+
+/// Whether an eventfd was closed, here or by other code.
+fn is_gone(event: &EventFd) -> bool {
+    event.is_closed() || !descriptor::is_open(event.as_raw_fd())
 }
 
 fn errno(error: &io::Error) -> i32 {
@@ -126,6 +138,18 @@ impl Hypervisor for SimulatedPartition {
     /// Does nothing: `assign` has emptied the counters, and the thread still has to deliver any later signal.
     fn drain(&mut self, _: &[&EventFd]) -> Vec<(usize, CallError)> {
         Vec::new()
+    }
+
+    fn assign_ioeventfd(&mut self, trigger: Trigger, event: &dyn Holder) -> CallResult {
+        self.driver.assign_ioeventfd(trigger, event)
+    }
+
+    fn deassign_ioeventfd(&mut self, trigger: Trigger, event: &EventFd) -> CallResult {
+        self.driver.deassign_ioeventfd(trigger, event)
+    }
+
+    fn signal_msi(&mut self, msi: RawMsi) -> CallResult<bool> {
+        self.driver.signal_msi(msi).map(|()| true)
     }
 
     fn create_vp(&mut self, _: u8) -> CallResult {
@@ -211,6 +235,68 @@ impl Driver {
         self.arrived.notify_all();
         self.forget(event);
         state.irqfds.remove(&key);
+        Ok(())
+    }
+
+    /// MSHV_IOEVENTFD: `mshv_assign_ioeventfd()`, which looks for collisions at equal length only.
+    pub fn assign_ioeventfd(&self, trigger: Trigger, holder: &dyn Holder) -> CallResult {
+        let failed = |errno| CallError::new(Operation::AssignIoEventFd, "simulated MSHV_IOEVENTFD", errno);
+        let mut state = self.lock();
+        state.fault(Operation::AssignIoEventFd).map_err(failed)?;
+        if trigger.port {
+            return Err(failed(libc::EOPNOTSUPP));
+        }
+        if !matches!(trigger.length, 0 | 1 | 2 | 4 | 8)
+            || trigger.address.checked_add(trigger.length.into()).is_none()
+        {
+            return Err(failed(libc::EINVAL));
+        }
+        if is_gone(holder.event()) {
+            return Err(failed(libc::EBADF));
+        }
+        let seen = |other: &Doorbell| other.trigger.length == trigger.length && other.trigger.collides(&trigger);
+        if state.doorbells.iter().any(seen) {
+            return Err(failed(libc::EEXIST));
+        }
+        state.doorbells.push(Doorbell { trigger, share: holder.share() });
+        Ok(())
+    }
+
+    /// MSHV_IOEVENTFD with the deassign bit: `mshv_deassign_ioeventfd()`.
+    pub fn deassign_ioeventfd(&self, trigger: Trigger, event: &EventFd) -> CallResult {
+        let failed =
+            |errno| CallError::new(Operation::DeassignIoEventFd, "simulated MSHV_IOEVENTFD (deassign)", errno);
+        let mut state = self.lock();
+        state.fault(Operation::DeassignIoEventFd).map_err(failed)?;
+        if is_gone(event) {
+            return Err(failed(libc::EBADF));
+        }
+        let this = |it: &Doorbell| it.trigger == trigger && std::ptr::eq((*it.share).as_ref(), event);
+        let place = state.doorbells.iter().position(this).ok_or_else(|| failed(libc::ENOENT))?;
+        state.doorbells.swap_remove(place);
+        Ok(())
+    }
+
+    /// A guest's write to a guest-physical address. Rings every doorbell that it matches, and returns whether there was
+    /// one. They have rung when the call returns.
+    pub fn write_mmio(&self, address: u64, size: u32, value: u64) -> bool {
+        let state = self.lock();
+        let rung = state.doorbells.iter().filter(|doorbell| doorbell.trigger.matches(address, size, value));
+        rung.map(|doorbell| {
+            // The driver signals whether or not user space can still read the counter.
+            let _closed_by_other_code = (*doorbell.share).as_ref().signal(1);
+        })
+        .count()
+            > 0
+    }
+
+    /// HVCALL_ASSERT_VIRTUAL_INTERRUPT.
+    pub fn signal_msi(&self, msi: RawMsi) -> CallResult {
+        let failed = |errno| CallError::new(Operation::SignalMsi, "simulated MSHV_ROOT_HVCALL", errno);
+        let mut state = self.lock();
+        state.fault(Operation::SignalMsi).map_err(failed)?;
+        state.interrupts.push_back(Interrupt::decode(msi));
+        self.arrived.notify_all();
         Ok(())
     }
 
@@ -502,6 +588,71 @@ mod tests {
         let msi = RawMsi { address: 0xFEE0_5004, data: 0x8145 };
         let target = Target { destination: 5, delivery_mode: 1, logical: true, level: true };
         assert_eq!(Interrupt::decode(msi), Interrupt { vector: 0x45, target: Some(target) });
+    }
+
+    fn trigger(length: u32, datamatch: Option<u64>) -> Trigger {
+        Trigger { address: 0x1000, length, datamatch, port: false }
+    }
+
+    #[test]
+    fn a_matching_write_rings_until_the_doorbell_is_taken_away() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        driver.assign_ioeventfd(trigger(4, Some(7)), &event).unwrap();
+        assert!(driver.write_mmio(0x1000, 4, 7));
+        assert!(!driver.write_mmio(0x1000, 4, 8));
+        assert_eq!(event.consume().unwrap(), 1);
+        assert_eq!(errno_of(driver.deassign_ioeventfd(trigger(4, None), &event)), libc::ENOENT);
+        driver.deassign_ioeventfd(trigger(4, Some(7)), &event).unwrap();
+        assert!(!driver.write_mmio(0x1000, 4, 7));
+        assert_eq!(errno_of(driver.deassign_ioeventfd(trigger(4, Some(7)), &event)), libc::ENOENT);
+    }
+
+    #[test]
+    fn the_driver_sees_collisions_at_equal_length_only() {
+        let partition = SimulatedPartition::open().unwrap();
+        let driver = partition.driver();
+        let [event, other] = [(); 2].map(|()| event());
+        driver.assign_ioeventfd(trigger(4, None), &event).unwrap();
+        assert_eq!(errno_of(driver.assign_ioeventfd(trigger(4, Some(7)), &other)), libc::EEXIST);
+        driver.assign_ioeventfd(trigger(0, None), &other).unwrap();
+        assert!(driver.write_mmio(0x1000, 4, 7));
+        assert_eq!((event.consume().unwrap(), other.consume().unwrap()), (1, 1));
+        // The same trigger belongs to one eventfd.
+        assert_eq!(errno_of(driver.deassign_ioeventfd(trigger(4, None), &other)), libc::ENOENT);
+    }
+
+    #[test]
+    fn a_doorbell_that_the_driver_can_not_make_is_refused_as_it_does() {
+        let partition = SimulatedPartition::open().unwrap();
+        let (driver, event) = (partition.driver(), event());
+        for (wrong, errno) in [
+            (trigger(3, None), libc::EINVAL),
+            (Trigger { address: u64::MAX, ..trigger(1, None) }, libc::EINVAL),
+            (Trigger { port: true, ..trigger(4, None) }, libc::EOPNOTSUPP),
+        ] {
+            assert_eq!(errno_of(driver.assign_ioeventfd(wrong, &event)), errno, "{wrong}");
+        }
+        driver.fail(Operation::AssignIoEventFd, libc::ENOMEM, 0, 1);
+        assert_eq!(errno_of(driver.assign_ioeventfd(trigger(4, None), &event)), libc::ENOMEM);
+        assert!(!driver.write_mmio(0x1000, 4, 7));
+        driver.assign_ioeventfd(trigger(4, None), &event).unwrap();
+        driver.fail(Operation::DeassignIoEventFd, libc::EIO, 0, 1);
+        assert_eq!(errno_of(driver.deassign_ioeventfd(trigger(4, None), &event)), libc::EIO);
+        assert!(driver.write_mmio(0x1000, 4, 7));
+        event.close();
+        assert_eq!(errno_of(driver.deassign_ioeventfd(trigger(4, None), &event)), libc::EBADF);
+        assert_eq!(errno_of(driver.assign_ioeventfd(trigger(8, None), &event)), libc::EBADF);
+    }
+
+    #[test]
+    fn an_msi_without_an_eventfd_is_one_interrupt() {
+        let partition = SimulatedPartition::open().unwrap();
+        let driver = partition.driver();
+        driver.signal_msi(MSI).unwrap();
+        driver.fail(Operation::SignalMsi, libc::EIO, 0, 1);
+        assert_eq!(errno_of(driver.signal_msi(MSI)), libc::EIO);
+        assert_eq!(taken(&driver), [Interrupt::decode(MSI)]);
     }
 
     use super::super::Target;

@@ -6,6 +6,7 @@ use std::os::fd::RawFd;
 use crate::hypervisor::calls::mshv as calls;
 use crate::hypervisor::event::{EventFd, Holder};
 use crate::hypervisor::table::Table;
+use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{CallResult, Hypervisor, RawMsi};
 
 /// A partition without a kernel. It keeps an image of the table, because that is work of user space too.
@@ -46,6 +47,18 @@ impl Hypervisor for NullPartition {
 
     fn deassign(&mut self, _: u32, _: &EventFd) -> CallResult {
         Ok(())
+    }
+
+    fn assign_ioeventfd(&mut self, _: Trigger, _: &dyn Holder) -> CallResult {
+        Ok(())
+    }
+
+    fn deassign_ioeventfd(&mut self, _: Trigger, _: &EventFd) -> CallResult {
+        Ok(())
+    }
+
+    fn signal_msi(&mut self, _: RawMsi) -> CallResult<bool> {
+        Ok(true)
     }
 
     fn create_vp(&mut self, _: u8) -> CallResult {

@@ -7,7 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::bare::Bare;
-use super::workload::{Design, FIRST_GSI, Stage, Steps, Workload, event_error, msi};
+use super::workload::{Design, FIRST_GSI, Random, Stage, Steps, Workload, event_error, msi};
 use crate::hypervisor::table::Image;
 use crate::hypervisor::{CallError, CallResult, Operation, RawMsi};
 
@@ -34,6 +34,7 @@ struct Rebuild<K: Bare> {
     fixed: Vec<K::Entry>,
     routes: Vec<Route<K::Event>>,
     turn: bool,
+    random: Random,
     stage: Stage,
 }
 
@@ -47,6 +48,7 @@ pub fn rebuild<K: Bare>(kernel: K, routes: usize) -> Design {
         fixed: K::fixed(),
         routes: Vec::with_capacity(routes),
         turn: false,
+        random: Random::new(),
         stage: Stage::Nothing,
     }))
 }
@@ -178,13 +180,18 @@ impl<K: Bare> Steps for Rebuild<K> {
                 self.turn = false;
                 Ok(())
             }
-            Workload::BringUpBatch => {
+            Workload::BringUpMade | Workload::BringUpBatch => {
                 self.turn = false;
                 (0..self.count).try_for_each(|index| self.set_msi(index, msi(index, false)))
             }
             Workload::Retarget => {
                 self.turn = !self.turn;
                 self.set_msi(middle, msi(middle, self.turn))
+            }
+            Workload::RetargetStorm => {
+                let route = self.random.below(self.count);
+                let msi = self.random.msi();
+                self.set_msi(route, msi)
             }
             Workload::RetargetAll => {
                 self.turn = !self.turn;

@@ -10,6 +10,12 @@ use crate::hypervisor::{CallError, CallResult, Operation, RawMsi};
 /// The lowest GSI to which both kernels can route an MSI.
 pub const FIRST_GSI: u32 = 24;
 
+/// The GSIs that the package hands out at least. Those above them are spare.
+pub(super) const OWN_GSIS: usize = 2048;
+
+/// The number of VPs of every design's partition.
+pub const VPS: u8 = 4;
+
 /// An operation that the bench times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workload {
@@ -17,10 +23,14 @@ pub enum Workload {
     Create,
     /// Routes made, routed and armed, one after the other.
     BringUp,
+    /// Routes that exist, routed and armed one after the other.
+    BringUpMade,
     /// Routes that exist, routed and armed together.
     BringUpBatch,
     /// One route moved to another vector.
     Retarget,
+    /// One route after another, chosen at random, moved to a random vector of a random VP.
+    RetargetStorm,
     /// All routes moved to other vectors together.
     RetargetAll,
     /// One route masked and unmasked.
@@ -34,11 +44,13 @@ pub enum Workload {
 }
 
 impl Workload {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Create,
         Self::BringUp,
+        Self::BringUpMade,
         Self::BringUpBatch,
         Self::Retarget,
+        Self::RetargetStorm,
         Self::RetargetAll,
         Self::MaskUnmask,
         Self::Push,
@@ -50,8 +62,10 @@ impl Workload {
         match self {
             Self::Create => "create",
             Self::BringUp => "bring-up",
+            Self::BringUpMade => "bring-up-made",
             Self::BringUpBatch => "bring-up-batch",
             Self::Retarget => "retarget",
+            Self::RetargetStorm => "retarget-storm",
             Self::RetargetAll => "retarget-all",
             Self::MaskUnmask => "mask-unmask",
             Self::Push => "push",
@@ -64,9 +78,9 @@ impl Workload {
     fn begins_with(self) -> Stage {
         match self {
             Self::Create | Self::BringUp => Stage::Nothing,
-            Self::BringUpBatch => Stage::Made,
-            Self::Retarget | Self::RetargetAll | Self::MaskUnmask | Self::Signal | Self::TearDown => Stage::Armed,
+            Self::BringUpMade | Self::BringUpBatch => Stage::Made,
             Self::Push => Stage::Quiet,
+            _ => Stage::Armed,
         }
     }
 
@@ -74,7 +88,7 @@ impl Workload {
     fn ends_with(self) -> Stage {
         match self {
             Self::Create => Stage::Made,
-            Self::BringUp | Self::BringUpBatch => Stage::Armed,
+            Self::BringUp | Self::BringUpMade | Self::BringUpBatch => Stage::Armed,
             Self::TearDown => Stage::Nothing,
             other => other.begins_with(),
         }
@@ -135,6 +149,29 @@ impl Design {
 pub(super) fn msi(index: usize, turn: bool) -> RawMsi {
     let vector = 0x30 + (index % 64) as u32 + if turn { 64 } else { 0 };
     RawMsi { address: 0xFEE0_0000, data: vector }
+}
+
+/// Random numbers for [`Workload::RetargetStorm`], the same in every run (xorshift64).
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new() -> Self {
+        Self(0x9E37_79B9_7F4A_7C15)
+    }
+
+    /// A number below `end`.
+    pub(super) fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) as usize % end
+    }
+
+    /// The MSI of a random vector of a random VP.
+    pub(super) fn msi(&mut self) -> RawMsi {
+        let (vp, vector) = (self.below(VPS.into()) as u32, 0x30 + self.below(128) as u32);
+        RawMsi { address: 0xFEE0_0000 | vp << 12, data: vector }
+    }
 }
 
 pub(super) fn event_error(call: &'static str) -> impl Fn(std::io::Error) -> CallError {

@@ -90,7 +90,13 @@ impl State {
         for index in self.armed.clone() {
             let slot = usize::from(index);
             match self.disarm(slot) {
-                Ok(()) => disarmed.push(index),
+                Ok(()) => {
+                    disarmed.push(index);
+                    // It could not be disarmed before. Its entry is of no use any more.
+                    if self.slots[slot].broken {
+                        self.vacate(slot);
+                    }
+                }
                 // An earlier call could not disarm it either, and the others must not wait for it.
                 Err(_) if self.slots[slot].broken => {}
                 // Other code closed its descriptor. It can never be disarmed, and this call is not about it.

@@ -102,7 +102,7 @@ pub(super) fn check_spares(config: &Config, pins: bool) -> Result {
             config.backend
         )));
     }
-    for spares in &config.spares {
+    for (at, spares) in config.spares.iter().enumerate() {
         let shown = format!("spare range({}, {})", spares.start, spares.end);
         let Range { start, end } = allowed_gsis(pins);
         if spares.is_empty() {
@@ -120,6 +120,10 @@ pub(super) fn check_spares(config: &Config, pins: bool) -> Result {
                 "{shown} overlaps gsis range({}, {}), which routes are allocated from",
                 config.gsis.start, config.gsis.end
             )));
+        }
+        let twice = |other: &&Range<u32>| spares.start < other.end && other.start < spares.end;
+        if let Some(other) = config.spares[..at].iter().filter(|other| !other.is_empty()).find(twice) {
+            return Err(Error::Invalid(format!("{shown} overlaps spare range({}, {})", other.start, other.end)));
         }
         if let Some((gsi, _)) = config.keep.iter().find(|(gsi, _)| spares.contains(gsi)) {
             return Err(Error::Invalid(format!("{shown} has GSI {gsi}, which is in keep")));

@@ -21,6 +21,8 @@ pub(super) struct Entries {
     loaded: HashMap<RawMsi, u16>,
     /// How many entries the image has.
     len: usize,
+    /// How many of them are spare.
+    filled: usize,
     /// The number of the latest use of a spare entry.
     clock: u32,
 }
@@ -61,7 +63,7 @@ impl Entries {
             Entry { image: Cell::EMPTY, kernel: Cell::EMPTY, used: 0, routes: 0, is_spare: false, is_dirty: false };
         let mut entries = vec![empty; end as usize];
         spares.iter().for_each(|gsi| entries[usize::from(*gsi)].is_spare = true);
-        Self { entries, spares, dirty: Vec::new(), loaded: HashMap::new(), len: 0, clock: 0 }
+        Self { entries, spares, dirty: Vec::new(), loaded: HashMap::new(), len: 0, filled: 0, clock: 0 }
     }
 
     /// The message in the image at a GSI.
@@ -83,6 +85,11 @@ impl Entries {
         self.spares.len()
     }
 
+    /// How many entries the image has at spare GSIs.
+    pub(super) fn filled(&self) -> usize {
+        self.filled
+    }
+
     /// The kernel's table, by GSI.
     pub(super) fn kernel_table(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
         self.entries.iter().enumerate().filter_map(|(gsi, entry)| Some((gsi as u32, entry.kernel.get()?)))
@@ -101,6 +108,11 @@ impl Entries {
         self.loaded.get(&msi).map(|gsi| u32::from(*gsi))
     }
 
+    /// The spare GSI of a message, if the image has not another message there by now.
+    pub(super) fn kept_spare_of(&self, msi: RawMsi) -> Option<u32> {
+        self.spare_of(msi).filter(|gsi| self.image(*gsi) == Some(msi))
+    }
+
     /// Changes the image. Makes no call.
     pub(super) fn put(
         &mut self,
@@ -113,7 +125,11 @@ impl Entries {
         if entry.image == before {
             return;
         }
-        self.len = self.len + usize::from(msi.is_some()) - usize::from(before != Cell::EMPTY);
+        let (after, before) = (usize::from(msi.is_some()), usize::from(before != Cell::EMPTY));
+        self.len = self.len + after - before;
+        if entry.is_spare {
+            self.filled = self.filled + after - before;
+        }
         if !std::mem::replace(&mut entry.is_dirty, true) {
             self.dirty.push(gsi as u16);
         }
@@ -188,7 +204,7 @@ impl Entries {
 
     /// Whether a route has its place at the spare GSI of a message.
     pub(super) fn has_a_place(&self, msi: RawMsi) -> bool {
-        self.spare_of(msi).is_some_and(|gsi| self.entries[gsi as usize].routes > 0)
+        self.kept_spare_of(msi).is_some_and(|gsi| self.entries[gsi as usize].routes > 0)
     }
 
     /// Whether no route has its place at a spare GSI.
@@ -211,5 +227,99 @@ impl Entries {
     #[cfg(not(shuttle))]
     pub(super) fn dirty_len(&self) -> usize {
         self.dirty.len()
+    }
+
+    /// The image, by GSI.
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn image_table(&self) -> impl Iterator<Item = (u32, RawMsi)> + '_ {
+        self.entries.iter().enumerate().filter_map(|(gsi, entry)| Some((gsi as u32, entry.image.get()?)))
+    }
+
+    /// Shows that the counts and the maps agree with the entries. Between two commits `places` are the places of all
+    /// routes.
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn check(&self, places: impl IntoIterator<Item = u32>) {
+        let mut routes = HashMap::new();
+        places.into_iter().for_each(|place| *routes.entry(place).or_insert(0) += 1);
+        let mut dirty = self.dirty.clone();
+        dirty.sort_unstable();
+        let marked = (0..).zip(&self.entries).filter(|(_, entry)| entry.is_dirty).map(|(gsi, _)| gsi);
+        assert_eq!(dirty, marked.collect::<Vec<u16>>(), "the dirty entries, each once");
+        let mut loaded = 0;
+        for (gsi, entry) in (0..).zip(&self.entries) {
+            assert!(entry.is_dirty || entry.image == entry.kernel, "GSI {gsi} differs and is not dirty");
+            if !entry.is_spare {
+                continue;
+            }
+            assert!(!entry.is_dirty && entry.image == entry.kernel, "spare GSI {gsi} differs between commits");
+            let count = routes.get(&gsi).copied().unwrap_or(0);
+            assert_eq!(entry.routes, count, "the routes that have their place at GSI {gsi}");
+            if let Some(msi) = entry.kernel.get() {
+                loaded += 1;
+                assert_eq!(self.spare_of(msi), Some(gsi), "the spare GSI of {msi:?}");
+            } else {
+                assert_eq!(count, 0, "a route has its place at GSI {gsi}, which has no entry");
+            }
+        }
+        assert_eq!(self.loaded.len(), loaded, "each loaded message is at a spare GSI");
+        assert_eq!(self.len, self.entries.iter().filter(|entry| entry.image != Cell::EMPTY).count());
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(shuttle))]
+mod tests {
+    use super::*;
+
+    /// Entries with spare GSIs 5, 6 and 7, each of which has the message with its number.
+    fn loaded() -> Entries {
+        let mut entries = Entries::new(8, vec![5, 6, 7]);
+        load(&mut entries, &[(5, 5), (6, 6), (7, 7)]);
+        entries
+    }
+
+    fn load(entries: &mut Entries, messages: &[(u32, u32)]) {
+        messages.iter().for_each(|(gsi, data)| entries.put(None, *gsi, Some(message(*data))));
+        entries.pushed();
+    }
+
+    fn message(data: u32) -> RawMsi {
+        RawMsi { address: 0xFEE0_0000, data }
+    }
+
+    fn visit(entries: &mut Entries, gsi: u32) {
+        entries.reserve(gsi);
+        assert!(!entries.is_replaceable(gsi));
+        entries.release(gsi);
+    }
+
+    #[test]
+    fn an_entry_that_is_loaded_anew_counts_as_unused_until_a_route_leaves_it() {
+        let mut entries = loaded();
+        [6, 7, 5].iter().for_each(|gsi| visit(&mut entries, *gsi));
+        assert_eq!(entries.replaceable(), [6, 7, 5]);
+        load(&mut entries, &[(5, 0x50)]);
+        assert_eq!(entries.replaceable(), [5, 6, 7]);
+        entries.check([]);
+    }
+
+    #[test]
+    fn when_the_clock_runs_out_unused_entries_stay_the_first_to_be_replaced() {
+        let mut entries = loaded();
+        entries.clock = u32::MAX - 1;
+        [6, 5].iter().for_each(|gsi| visit(&mut entries, *gsi));
+        assert_eq!(entries.replaceable(), [7, 6, 5]);
+    }
+
+    #[test]
+    fn a_message_that_moves_to_another_spare_gsi_is_found_there_in_whatever_order_they_changed() {
+        for order in [[(5, 9), (6, 5)], [(6, 5), (5, 9)]] {
+            let mut entries = loaded();
+            load(&mut entries, &order);
+            assert_eq!([5, 6, 9].map(|data| entries.spare_of(message(data))), [Some(6), None, Some(5)]);
+            entries.check([]);
+        }
     }
 }

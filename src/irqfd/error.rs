@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::msi::MsiError;
 use crate::hypervisor::event::AdoptError;
+use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{CallError, Operation, strerror};
 
 pub type Result<T = ()> = std::result::Result<T, Error>;
@@ -24,10 +25,12 @@ pub enum Error {
     )]
     Broken(u32),
     #[error(
-        "GSI {gsi}: no VP has APIC id {destination} (VPs: {vps}); arming the route can bring the host down. \
-         Create it with create_vp(), or open the partition with allow_missing_vp=True"
+        "{}no VP has APIC id {destination} (VPs: {vps}); {}. \
+         Create it with create_vp(), or open the partition with allow_missing_vp=True",
+        .gsi.map_or_else(String::new, |gsi| format!("GSI {gsi}: ")),
+        if .gsi.is_some() { "arming the route can bring the host down" } else { "no VP would take the MSI" }
     )]
-    MissingVp { gsi: u32, destination: u8, vps: String },
+    MissingVp { gsi: Option<u32>, destination: u8, vps: String },
     #[error(transparent)]
     Msi(#[from] MsiError),
     #[error(transparent)]
@@ -45,12 +48,13 @@ pub enum Error {
     Failed(Box<Failure>),
 }
 
-/// A call that the kernel refused, with its GSI and the results of the rollback.
+/// A call that the kernel refused, with its GSI or doorbell and the results of the rollback.
 #[derive(Debug)]
 pub struct Failure {
     pub error: CallError,
     pub gsi: Option<u32>,
-    pub hint: Option<&'static str>,
+    /// Boxed to keep results small.
+    pub doorbell: Option<Box<Trigger>>,
     /// GSIs whose routes the rollback left broken.
     pub broken: Vec<u32>,
     /// GSIs whose routes are waiting to be re-armed. Their signals stay pending.
@@ -61,8 +65,16 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(error: CallError, gsi: Option<u32>) -> Self {
-        let hint = hint(&error);
-        Self { error, gsi, hint, broken: Vec::new(), disarmed: Vec::new(), further: Vec::new() }
+        Self { error, gsi, doorbell: None, broken: Vec::new(), disarmed: Vec::new(), further: Vec::new() }
+    }
+
+    /// The usual cause of the error, if known.
+    pub fn hint(&self) -> Option<&'static str> {
+        hint(&self.error)
+    }
+
+    pub(super) fn of_doorbell(self, trigger: Trigger) -> Self {
+        Self { doorbell: Some(Box::new(trigger)), ..self }
     }
 }
 
@@ -77,8 +89,11 @@ impl std::fmt::Display for Failure {
         if let Some(gsi) = self.gsi {
             write!(f, "GSI {gsi}: ")?;
         }
+        if let Some(trigger) = &self.doorbell {
+            write!(f, "doorbell ({trigger}): ")?;
+        }
         write!(f, "{}", self.error.call)?;
-        if let Some(hint) = self.hint {
+        if let Some(hint) = self.hint() {
             write!(f, ": {hint}")?;
         }
         for (gsis, result) in [
@@ -100,7 +115,6 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// The usual cause of an error, if known.
 fn hint(error: &CallError) -> Option<&'static str> {
     match (error.operation, error.errno) {
         (_, libc::EMFILE) => Some(
@@ -121,6 +135,17 @@ fn hint(error: &CallError) -> Option<&'static str> {
         (Operation::AssignIrqfd, libc::EINVAL) => {
             Some("the descriptor is not an eventfd, or the VM has no in-kernel interrupt controller")
         }
+        (Operation::AssignIoEventFd, libc::EEXIST) => {
+            Some("another program that has the partition made a doorbell there")
+        }
+        (Operation::AssignIoEventFd | Operation::DeassignIoEventFd, libc::EBADF) => {
+            Some("the doorbell's eventfd or the partition's descriptor was closed by other code")
+        }
+        (Operation::DeassignIoEventFd, libc::ENOENT) => {
+            Some("other code took the doorbell away, or put another eventfd in the place of the doorbell's")
+        }
+        (Operation::SignalMsi, libc::EPERM) => Some("the VM has no vCPU that could take it"),
+        (Operation::SignalMsi, libc::EBADF) => Some("the partition's descriptor was closed by other code"),
         (_, libc::ENOMEM) => Some("the kernel is out of memory"),
         _ => None,
     }

@@ -12,6 +12,7 @@ use shuttle::thread;
 
 use super::*;
 use crate::hypervisor::event::{EventFd, Holder};
+use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi};
 
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ struct Kernel {
     irqfds: BTreeMap<RawFd, u32>,
     /// How many interrupts came, by the descriptor of the eventfd.
     delivered: BTreeMap<RawFd, u32>,
+    /// The descriptor of each doorbell's eventfd, by address.
+    doorbells: BTreeMap<u64, RawFd>,
     /// GSIs of which an arming is refused, once each, in this order.
     refused: VecDeque<u32>,
 }
@@ -104,6 +107,22 @@ impl Hypervisor for Guest {
             self.kernel(|_| check(event.consume().is_ok(), "an eventfd that is armed can be read"));
         });
         Vec::new()
+    }
+
+    fn assign_ioeventfd(&mut self, trigger: Trigger, event: &dyn Holder) -> CallResult {
+        let before = self.kernel(|kernel| kernel.doorbells.insert(trigger.address, event.event().as_raw_fd()));
+        check(before.is_none(), "two doorbells collide");
+        Ok(())
+    }
+
+    fn deassign_ioeventfd(&mut self, trigger: Trigger, event: &EventFd) -> CallResult {
+        let there = self.kernel(|kernel| kernel.doorbells.remove(&trigger.address));
+        check(there == Some(event.as_raw_fd()), "a doorbell is taken away twice");
+        Ok(())
+    }
+
+    fn signal_msi(&mut self, _: RawMsi) -> CallResult<bool> {
+        Ok(true)
     }
 
     fn create_vp(&mut self, _: u8) -> CallResult {
@@ -371,5 +390,32 @@ fn two_routes_that_come_to_one_message_and_leave_it_share_its_entry() {
         together([there_and_back(0), there_and_back(1), scene.signal(0), scene.signal(1)]);
         scene.check();
         assert_eq!([scene.delivered(0), scene.delivered(1)], [1, 1]);
+    });
+}
+
+#[test]
+fn doorbells_made_and_closed_while_their_partition_closes_are_taken_away_once_each() {
+    tried(|| {
+        let scene = scene(1);
+        let trigger = |address| Trigger { address, length: 4, datamatch: None, port: false };
+        let bell = Arc::new(scene.partition.new_ioeventfd(trigger(0x1000), None).unwrap());
+        let close = |bell: &Arc<IoEventFd>| -> Act {
+            let bell = Arc::clone(bell);
+            Box::new(move || bell.close().unwrap())
+        };
+        let make = |address| -> Act {
+            let partition = Arc::clone(&scene.partition);
+            Box::new(move || match partition.new_ioeventfd(trigger(address), None) {
+                Ok(bell) => bell.close().unwrap(),
+                Err(Error::Closed(_)) => {}
+                // The other thread's, at the same address.
+                Err(error) => assert!(matches!(error, Error::Invalid(_)), "{error}"),
+            })
+        };
+        let partition = Arc::clone(&scene.partition);
+        let end: Act = Box::new(move || partition.close().unwrap());
+        together([close(&bell), close(&bell), make(0x2000), make(0x2000), end]);
+        assert!(bell.is_closed());
+        scene.guest.kernel(|kernel| assert!(kernel.doorbells.is_empty()));
     });
 }

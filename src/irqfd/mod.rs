@@ -5,12 +5,14 @@
 mod batch;
 mod commit;
 mod config;
+mod doorbell;
 mod entries;
 mod error;
 mod gsi;
 #[cfg(test)]
 #[cfg(shuttle)]
 mod interleavings;
+mod ioeventfd;
 mod msi;
 mod open;
 mod partition;
@@ -30,6 +32,7 @@ pub use batch::Batch;
 pub use config::Config;
 pub use error::{Error, Failure, Result};
 pub use gsi::{GsiAllocator, GsiState};
+pub use ioeventfd::IoEventFd;
 pub use msi::{MsiError, MsiRoute};
 pub use open::{AdoptOptions, DEFAULT_GSIS, Options};
 pub use partition::Partition;

@@ -1,4 +1,4 @@
-//! A partition: its GSIs, routes and VPs, and the lock that guards every call into its kernel.
+//! A partition: its GSIs, routes, doorbells and VPs, and the lock that guards every call into its kernel.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 use super::config::{Config, check_gsis, check_keep, check_spares};
+use super::doorbell::Doorbells;
 use super::error::{Error, Failure, Result};
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
@@ -36,10 +37,11 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
     Failure::new(CallError::new(Operation::Open, "madvise (MADV_WIPEONFORK)", errno), None).into()
 }
 
-/// A partition of a hypervisor. Its routes keep it alive; dropping it closes it.
+/// A partition of a hypervisor. Its routes and doorbells keep it alive; dropping it closes it.
 ///
-/// Locks are taken in this order: a device's, a route's, then the partition's. A batch locks its routes by GSI. The partition's
-/// lock guards the routing table and the set of armed irqfds, and every call that changes them.
+/// Locks are taken in this order: a device's, a route's, then the partition's, then the doorbells'. A batch locks its
+/// routes by GSI. The partition's lock guards the routing table, the set of armed irqfds and the doorbells, and every
+/// call that changes them.
 #[derive(Debug)]
 pub struct Partition {
     owner: Owner,
@@ -53,6 +55,7 @@ pub struct Partition {
     /// behind the thread that waits for it.
     turn: Mutex<()>,
     state: Mutex<State>,
+    doorbells: Doorbells,
 }
 
 impl Partition {
@@ -84,6 +87,7 @@ impl Partition {
             skipped: AtomicU64::new(0),
             turn: Mutex::default(),
             state,
+            doorbells: Doorbells::default(),
         });
         let mut all = partitions()?;
         all.retain(|other| other.strong_count() > 0);
@@ -106,6 +110,16 @@ impl Partition {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lock, unless the partition is closing.
+    pub(super) fn lock_open(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.lock();
+        if state.closing { Err(closed()) } else { Ok(state) }
+    }
+
+    pub(super) fn doorbells(&self) -> &Doorbells {
+        &self.doorbells
     }
 
     /// Whether a thread waits for the lock.
@@ -192,6 +206,10 @@ impl Partition {
         if state.closing {
             return Err(closed());
         }
+        // Seen again under the lock: another route's push may have found a route's eventfd closed since.
+        if let Some(change) = changes.iter().find(|change| state.slots[change.index].broken) {
+            return Err(Error::Broken(state.gsi(change.index)));
+        }
         if let Some(vps) = state.vps.filter(|_| !self.config.allow_missing_vp) {
             for change in &*changes {
                 self.check_vp(&vps, change)?;
@@ -203,36 +221,42 @@ impl Partition {
 
     /// Makes the checks that `apply` makes before any call.
     pub(super) fn check_msi(&self, gsi: u32, msi: MsiRoute) -> Result {
-        let state = self.lock();
-        if state.closing {
-            return Err(closed());
-        }
-        let intent = Intent { msi: Some(msi), ..Intent::default() };
+        let state = self.lock_open()?;
         match state.vps.filter(|_| !self.config.allow_missing_vp) {
-            Some(vps) => self.check_vp(&vps, &Change::to(self.index(gsi), intent)),
+            Some(vps) => self.check_destination(&vps, Some(gsi), msi.raw()),
             None => Ok(()),
         }
+    }
+
+    /// Raises an MSI now. Returns false if the kernel reports that the guest did not take it.
+    pub fn signal_msi(&self, msi: MsiRoute) -> Result<bool> {
+        self.check_open()?;
+        let mut state = self.lock_open()?;
+        if let Some(vps) = state.vps.filter(|_| !self.config.allow_missing_vp) {
+            self.check_destination(&vps, None, msi.raw())?;
+        }
+        Ok(state.call(|hypervisor| hypervisor.signal_msi(msi.raw()))?)
     }
 
     /// Refuses a destination without a VP. On the root scheduler the mshv driver dereferences a null pointer for
     /// it, with interrupts off (`mshv_try_assert_irq_fast`). Elsewhere the interrupt would be lost. Logical
     /// destinations take another path in the driver.
     fn check_vp(&self, vps: &VpSet, change: &Change) -> Result {
-        let Some(target) = change.wanted.map(Target::decode).filter(|target| !target.logical) else {
-            return Ok(());
-        };
+        let gsi = self.config.gsis.start + change.index as u32;
+        change.wanted.map_or(Ok(()), |msi| self.check_destination(vps, Some(gsi), msi))
+    }
+
+    fn check_destination(&self, vps: &VpSet, gsi: Option<u32>, msi: RawMsi) -> Result {
+        let target = Target::decode(msi);
         let exists = match target.destination {
+            _ if target.logical => true,
             u8::MAX => self.config.backend.takes_broadcast() && *vps != VpSet::default(),
             index => vps.contains(index),
         };
         if exists {
             return Ok(());
         }
-        Err(Error::MissingVp {
-            gsi: self.config.gsis.start + change.index as u32,
-            destination: target.destination,
-            vps: vps.to_string(),
-        })
+        Err(Error::MissingVp { gsi, destination: target.destination, vps: vps.to_string() })
     }
 
     /// Counts a change of intent that needs no call into the kernel.
@@ -336,13 +360,14 @@ impl Partition {
         self.observer.driver().map_err(|error| unobservable(error, "only a simulated partition can do that"))
     }
 
-    /// Closes the routes and the partition. Continues past errors and reports them at the end.
+    /// Closes the routes, the doorbells and the partition. Continues past errors and reports them at the end.
     pub fn close(&self) -> Result {
         self.check_owner()?;
         let routes = self.lock().start_closing();
         let mut failures: Vec<_> = routes.iter().filter_map(|route| self.close_route(route).err()).collect();
         let mut state = self.lock();
         let still_armed = state.release_leftovers();
+        failures.extend(self.doorbells.remove_all(&mut state));
         let hypervisor = state.hypervisor.take();
         drop(state);
         self.closed.store(true, Ordering::Release);

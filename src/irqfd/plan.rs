@@ -114,7 +114,9 @@ impl State {
 
     /// Gives every message that the kernel's table lacks a place, and loads the messages that are likely next.
     fn plan_push(&mut self, changes: &mut [Change], plan: &mut Plan) {
-        let mut replaceable = self.entries.replaceable().into_iter();
+        // While the table is kept small, the spare GSIs have no part in it: scanning them would take longer than the push.
+        let is_plain = self.is_kept_small() && self.entries.filled() == 0;
+        let mut replaceable = if is_plain { Vec::new() } else { self.entries.replaceable() }.into_iter();
         let mut planned = HashMap::new();
         for change in changes.iter_mut().filter(|change| change.pushed) {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
@@ -135,10 +137,14 @@ impl State {
         self.load(changes, replaceable.collect(), &planned, plan);
     }
 
+    /// Whether pushing a table without spare entries is cheaper than moving an irqfd.
+    fn is_kept_small(&self) -> bool {
+        self.gsis.taken() <= self.entries_per_move
+    }
+
     /// Loads spare entries with the messages that are likely next.
     fn load(&mut self, changes: &[Change], mut free: Vec<u32>, planned: &HashMap<RawMsi, u32>, plan: &mut Plan) {
-        if self.gsis.taken() <= self.entries_per_move {
-            // Pushing a small table is cheaper than moving an irqfd, so the table is kept small.
+        if self.is_kept_small() {
             free.into_iter().for_each(|gsi| self.put(gsi, None));
             return;
         }
@@ -155,12 +161,12 @@ impl State {
             left.dedup();
             free.extend(left.into_iter().filter(|gsi| self.entries.is_replaceable(*gsi)));
         }
-        // A message that is there already keeps its place.
+        // A message that is there already keeps its place, unless a change has just been given it.
         let missing = |msi: &RawMsi| !planned.contains_key(msi) && !self.entries.has_a_place(*msi);
         let likely: Vec<_> = likely.into_iter().filter(missing).take(free.len()).collect();
-        let there: HashSet<_> = likely.iter().filter_map(|msi| self.entries.spare_of(*msi)).collect();
+        let there: HashSet<_> = likely.iter().filter_map(|msi| self.entries.kept_spare_of(*msi)).collect();
         free.retain(|gsi| !there.contains(gsi));
-        let absent = likely.into_iter().filter(|msi| self.entries.spare_of(*msi).is_none());
+        let absent = likely.into_iter().filter(|msi| self.entries.kept_spare_of(*msi).is_none());
         let loaded: Vec<_> = absent.zip(free).collect();
         loaded.iter().for_each(|(msi, gsi)| self.put(*gsi, Some(*msi)));
         plan.loaded = loaded.len() as u64;

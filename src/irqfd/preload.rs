@@ -18,7 +18,7 @@ const VECTORS: usize = 256 - FIRST_VECTOR as usize;
 /// How many shapes are remembered. A guest uses one, or one a driver.
 const SHAPES: usize = 4;
 /// The ranks of vectors that were passed over, among those of the others, which are 0, 1, 2, ...
-const PASSED_OVER: (usize, usize) = (8, 4);
+const PASSED_OVER: (u16, u16) = (8, 4);
 
 /// A message without its destination and vector: the parts that a guest does not change when it moves an interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,8 +133,11 @@ impl Habit {
                 *rank += step;
             }
         }
+        if room < ranked.len() {
+            ranked.select_nth_unstable(room);
+            ranked.truncate(room);
+        }
         ranked.sort_unstable();
-        ranked.truncate(room);
         ranked.into_iter().map(|(_, vector, to)| self.shape.message(to, vector)).collect()
     }
 

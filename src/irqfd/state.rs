@@ -225,6 +225,44 @@ impl State {
         self.entries.dirty_len()
     }
 
+    /// Shows that what is known of slots and entries agrees, as it must between two commits.
+    #[cfg(test)]
+    #[cfg(not(shuttle))]
+    pub(super) fn check(&self) {
+        self.entries.check(self.slots.iter().map(Slot::place));
+        for (index, slot) in self.slots.iter().enumerate() {
+            let (own, place) = (self.gsi(index), slot.place());
+            let (image, kernel) = (self.entries.image(place), self.entries.kernel(place));
+            if slot.is_armed() {
+                assert_eq!(usize::from(self.armed[usize::from(slot.armed) - 1]), index);
+                assert!(
+                    kernel.is_some() && image == kernel,
+                    "GSI {own} is armed at {place}: {image:?}, {kernel:?}"
+                );
+                assert!(slot.broken || slot.wanted == kernel, "GSI {own} is armed with {kernel:?}");
+            } else if slot.wanted.is_some() {
+                assert!(
+                    self.waiting.contains(&(index as u16)),
+                    "GSI {own} is to be armed, and does not wait for it"
+                );
+                assert_eq!(
+                    image, slot.wanted,
+                    "GSI {own} waits for the next push, which does not bring its message"
+                );
+            }
+            if slot.route.is_none() {
+                assert!(slot.wanted.is_none() && !slot.is_armed() && place == own, "GSI {own} is free");
+                assert_eq!(self.entries.image(own), None, "GSI {own} is free");
+            }
+            if slot.broken {
+                assert_eq!(slot.wanted, None, "GSI {own} is broken, and to be armed");
+                let left = place != own || self.entries.image(own).is_some();
+                assert!(slot.is_armed() || !left, "GSI {own} is broken and disarmed, and keeps an entry");
+            }
+        }
+        assert_eq!(self.armed.len(), self.slots.iter().filter(|slot| slot.is_armed()).count());
+    }
+
     pub(super) fn gsi_state(&self, index: usize) -> GsiState {
         match &self.slots[index] {
             Slot { broken: true, .. } => GsiState::Broken,

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::*;
 use crate::hypervisor::event::{self, EventFd, Holder};
+use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,9 +18,12 @@ enum Call {
     Push(Vec<(u32, u8)>),
     Assign(u32),
     Deassign(u32),
+    AssignIoEventFd(Trigger),
+    DeassignIoEventFd(Trigger),
+    SignalMsi(u8),
     CreateVp(u8),
 }
-use Call::{Assign, CreateVp, Deassign, Push};
+use Call::{Assign, AssignIoEventFd, CreateVp, Deassign, DeassignIoEventFd, Push, SignalMsi};
 
 /// A kernel that does as told and objects to what would harm a guest.
 #[derive(Debug, Default)]
@@ -38,8 +42,8 @@ struct Kernel {
     /// Eventfds that could not be disarmed: a push may meet those.
     stuck: BTreeSet<RawFd>,
     violations: Vec<String>,
-    /// The GSI whose eventfd somebody else has closed.
-    closed_event: Option<u32>,
+    /// The eventfds that somebody else has closed.
+    closed_events: BTreeSet<RawFd>,
     drain_fails: bool,
     /// How many armings there were of which nobody has taken what they left in the counter.
     undrained: usize,
@@ -107,6 +111,12 @@ impl Hypervisor for Recorder {
         let entries = kernel.image.iter().map(|(gsi, msi)| (*gsi, msi.data as u8)).collect();
         let met = kernel.quiesced && !kernel.irqfds.keys().all(|fd| kernel.stuck.contains(fd));
         kernel.check(!met, "no push meets an armed irqfd");
+        // Without quiescing, an entry may change under an irqfd that is armed at its route's own GSI.
+        let changed = kernel
+            .armed()
+            .into_iter()
+            .find(|gsi| kernel.image.get(gsi) != kernel.table.get(gsi) && (kernel.quiesced || *gsi >= FIRST_SPARE));
+        kernel.check(changed.is_none(), "no push changes the entry of an armed irqfd that it must not change");
         kernel.call(Operation::SetMsiRouting, Push(entries))?;
         kernel.table = kernel.image.clone();
         let routed = kernel.armed().iter().all(|gsi| kernel.table.contains_key(gsi));
@@ -120,6 +130,9 @@ impl Hypervisor for Recorder {
         let (routed, twice) = (kernel.table.contains_key(&gsi), kernel.irqfds.contains_key(&fd));
         kernel.check(routed, "armed implies routed");
         kernel.check(!twice, "an irqfd is assigned once");
+        if kernel.closed_events.contains(&fd) {
+            return Err(CallError::new(Operation::AssignIrqfd, "recorded call", libc::EBADF));
+        }
         kernel.call(Operation::AssignIrqfd, Assign(gsi))?;
         kernel.irqfds.insert(fd, gsi);
         kernel.undrained += 1;
@@ -134,7 +147,7 @@ impl Hypervisor for Recorder {
         let fd = event.as_raw_fd();
         let armed = kernel.irqfds.get(&fd) == Some(&gsi);
         kernel.check(armed, "only an armed irqfd is disarmed");
-        if kernel.closed_event == Some(gsi) {
+        if kernel.closed_events.contains(&fd) {
             kernel.stuck.insert(fd);
             return Err(CallError::new(Operation::DeassignIrqfd, "recorded call", libc::EBADF));
         }
@@ -160,6 +173,18 @@ impl Hypervisor for Recorder {
         Vec::new()
     }
 
+    fn assign_ioeventfd(&mut self, trigger: Trigger, _: &dyn Holder) -> CallResult {
+        self.kernel().call(Operation::AssignIoEventFd, AssignIoEventFd(trigger))
+    }
+
+    fn deassign_ioeventfd(&mut self, trigger: Trigger, _: &EventFd) -> CallResult {
+        self.kernel().call(Operation::DeassignIoEventFd, DeassignIoEventFd(trigger))
+    }
+
+    fn signal_msi(&mut self, msi: RawMsi) -> CallResult<bool> {
+        self.kernel().call(Operation::SignalMsi, SignalMsi(msi.data as u8)).map(|()| true)
+    }
+
     fn create_vp(&mut self, index: u8) -> CallResult {
         self.kernel().call(Operation::CreateVp, CreateVp(index))
     }
@@ -177,6 +202,9 @@ struct Setup {
     spares: u32,
     entries_per_move: usize,
 }
+
+/// The first spare GSI of a partition that has any.
+const FIRST_SPARE: u32 = 2000;
 
 const SETUPS: [Setup; 7] = [
     Setup { quiesce: false, spares: 0, entries_per_move: 64 },
@@ -199,7 +227,7 @@ fn partition_of(setup: Setup) -> (Arc<Partition>, Recorder) {
     let backend = if quiesce { Backend::Mshv } else { Backend::Kvm };
     let config = Config {
         quiesce,
-        spares: (spares > 0).then_some(2000..2000 + spares).into_iter().collect(),
+        spares: (spares > 0).then_some(FIRST_SPARE..FIRST_SPARE + spares).into_iter().collect(),
         entries_per_move,
         ..Config::new(backend, 24..32)
     };
@@ -479,9 +507,13 @@ fn check_rules_of<'a>(
     context: &str,
 ) {
     let table: BTreeMap<_, _> = partition.routing_table().unwrap().into_iter().collect();
+    let state = partition.lock();
     let kernel = recorder.kernel();
     assert_eq!(kernel.violations, Vec::<String>::new(), "{context}");
     assert_eq!(table, kernel.table, "{context}: our record is what the kernel holds");
+    state.check();
+    let image: BTreeMap<_, _> = state.entries.image_table().collect();
+    assert_eq!(image, kernel.image, "{context}: the image is what the next push brings");
     assert_eq!(kernel.undrained, 0, "{context}: what arming leaves is drained");
     for route in routes.into_iter().filter(|route| !route.is_closed()) {
         let (state, masked, msi) = seen(std::slice::from_ref(route))[0].unwrap();
@@ -823,7 +855,7 @@ fn clearing_and_setting_the_same_msi_for_ever_takes_no_memory() {
 fn an_eventfd_closed_behind_our_back_breaks_its_own_route_and_no_other() {
     let (partition, recorder) = partition(true);
     let all = routes(&partition, &recorder, 3);
-    recorder.kernel().closed_event = Some(25);
+    recorder.kernel().closed_events.insert(fd_of(&all[1]));
     all[0].set_msi(msi(0x71)).unwrap();
     assert_eq!(all[1].state().unwrap(), GsiState::Broken);
     assert!(all[0].armed().unwrap() && all[2].armed().unwrap());
@@ -928,12 +960,13 @@ fn every_call_is_counted_and_every_push_that_was_not_needed() {
 #[test]
 fn a_forked_child_is_refused_before_any_lock() {
     type Use = fn(&Arc<Partition>, &IrqFdRoute) -> Result;
-    let uses: [(&str, Use); 18] = [
+    let uses: [(&str, Use); 19] = [
         ("set_msi", |_, route| route.set_msi(msi(0x42))),
         ("clear_msi", |_, route| route.clear_msi()),
         ("mask", |_, route| route.mask()),
         ("unmask", |_, route| route.unmask()),
         ("state", |_, route| route.state().map(drop)),
+        ("armed_gsi", |_, route| route.armed_gsi().map(drop)),
         ("pending", |_, route| route.pending().map(drop)),
         ("take_pending", |_, route| route.take_pending().map(drop)),
         ("close of the route", |_, route| route.close()),
@@ -1040,4 +1073,132 @@ fn who_waits_for_the_partition_comes_before_who_gives_it_up() {
             assert!(came.swap(false, std::sync::atomic::Ordering::Relaxed), "overtaken by who had it before");
         });
     }
+}
+
+fn trigger(address: u64, length: u32) -> Trigger {
+    Trigger { address, length, datamatch: None, port: false }
+}
+
+#[test]
+fn a_doorbell_is_one_call_and_closing_it_another() {
+    let (partition, recorder) = partition(true);
+    let bell = partition.new_ioeventfd(trigger(0x1000, 4), None).unwrap();
+    assert_eq!(recorder.taken(), [AssignIoEventFd(trigger(0x1000, 4))]);
+    bell.signal(2).unwrap();
+    assert_eq!(bell.consume().unwrap(), 2);
+    bell.close().unwrap();
+    bell.close().unwrap();
+    assert_eq!(recorder.taken(), [DeassignIoEventFd(trigger(0x1000, 4))]);
+    assert!(bell.is_closed());
+    for result in [bell.signal(1), bell.consume().map(drop), bell.fileno().map(drop)] {
+        assert!(matches!(result, Err(Error::Closed(_))));
+    }
+    drop(partition.new_ioeventfd(trigger(0x1000, 4), None).unwrap());
+    assert_eq!(recorder.taken(), [AssignIoEventFd(trigger(0x1000, 4)), DeassignIoEventFd(trigger(0x1000, 4))]);
+}
+
+#[test]
+fn a_doorbell_that_breaks_a_rule_makes_no_call() {
+    let (mshv, recorder) = partition(true);
+    let _bell = mshv.new_ioeventfd(trigger(0x1000, 0), None).unwrap();
+    recorder.taken();
+    let with_value = |length, value| Trigger { datamatch: Some(value), ..trigger(0x2000, length) };
+    for wrong in [
+        trigger(0x1000, 4),
+        trigger(0x2000, 3),
+        trigger(u64::MAX - 3, 4),
+        with_value(0, 7),
+        with_value(1, 0x100),
+        with_value(4, 1 << 32),
+    ] {
+        assert!(matches!(mshv.new_ioeventfd(wrong, None), Err(Error::Invalid(_))), "{wrong}");
+    }
+    let port = |address, length| Trigger { port: true, ..trigger(address, length) };
+    assert!(matches!(mshv.new_ioeventfd(port(0x510, 2), None), Err(Error::Unsupported(_))));
+    assert!(matches!(mshv.new_ioeventfd(trigger(0x2000, 4), Some(-1)), Err(Error::Adopt(_))));
+    assert_eq!(recorder.taken(), []);
+
+    let (kvm, recorder) = partition(false);
+    for wrong in [port(0x510, 8), port(0xFFFF, 2), port(0x1_0000, 0), port(u64::MAX, 1)] {
+        assert!(matches!(kvm.new_ioeventfd(wrong, None), Err(Error::Invalid(_))), "{wrong}");
+    }
+    assert_eq!(recorder.taken(), []);
+    let fine = [port(0xFFFE, 2), port(0xFFFF, 0), trigger(0, 8), trigger(u64::MAX - 4, 4), with_value(8, u64::MAX)];
+    let _bells = fine.map(|fine| kvm.new_ioeventfd(fine, None).unwrap());
+}
+
+#[test]
+fn a_doorbell_that_the_kernel_refuses_is_none() {
+    let (partition, recorder) = partition(true);
+    recorder.fail([0]);
+    match partition.new_ioeventfd(trigger(0x1000, 4), None) {
+        Err(Error::Failed(failure)) => {
+            assert_eq!((failure.error.errno, failure.gsi), (libc::ENOMEM, None));
+            assert!(
+                failure.to_string().starts_with("doorbell (MMIO 0x1000, 4 bytes): recorded call: "),
+                "{failure}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(partition.stats().unwrap().failures, 1);
+    partition.new_ioeventfd(trigger(0x1000, 4), None).unwrap();
+}
+
+#[test]
+fn a_doorbell_that_can_not_be_taken_away_keeps_its_address_and_is_tried_once_more() {
+    let (partition, recorder) = partition(true);
+    let (bell, other) = (
+        partition.new_ioeventfd(trigger(0x1000, 4), None).unwrap(),
+        partition.new_ioeventfd(trigger(0x2000, 4), None).unwrap(),
+    );
+    recorder.taken();
+    recorder.fail([0]);
+    assert!(matches!(bell.close(), Err(Error::Failed(_))));
+    assert!(bell.is_closed());
+    bell.close().unwrap();
+    assert_eq!(recorder.taken(), [DeassignIoEventFd(trigger(0x1000, 4))]);
+    let refused = partition.new_ioeventfd(trigger(0x1000, 4), None).unwrap_err().to_string();
+    assert!(refused.contains("refused to take away"), "{refused}");
+    partition.close().unwrap();
+    assert_eq!(recorder.taken(), [DeassignIoEventFd(trigger(0x1000, 4)), DeassignIoEventFd(trigger(0x2000, 4))]);
+    assert!(other.is_closed());
+    other.close().unwrap();
+    assert_eq!(recorder.taken(), []);
+    assert!(matches!(partition.new_ioeventfd(trigger(0x1000, 4), None), Err(Error::Closed(_))));
+}
+
+#[test]
+fn closing_takes_doorbells_away_and_goes_on_past_failures() {
+    let (partition, recorder) = partition(true);
+    let routes_ = routes(&partition, &recorder, 1);
+    let bells = [0x1000, 0x2000].map(|address| partition.new_ioeventfd(trigger(address, 4), None).unwrap());
+    recorder.taken();
+    recorder.fail([1]);
+    match partition.close() {
+        Err(Error::Failed(failure)) => assert_eq!(failure.error.operation, Operation::DeassignIoEventFd),
+        other => panic!("{other:?}"),
+    }
+    let away = |address| DeassignIoEventFd(trigger(address, 4));
+    assert_eq!(recorder.taken(), [Deassign(24), away(0x1000), away(0x2000)]);
+    assert!(routes_[0].is_closed() && bells.iter().all(IoEventFd::is_closed));
+}
+
+#[test]
+fn an_msi_is_one_call_and_is_checked_as_those_of_routes_are() {
+    let (partition, recorder) = partition(true);
+    assert!(partition.signal_msi(msi(0x41)).unwrap());
+    assert_eq!(recorder.taken(), [SignalMsi(0x41)]);
+    match partition.signal_msi(missing()) {
+        Err(Error::MissingVp { gsi: None, destination: 5, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(recorder.taken(), []);
+    recorder.fail([0]);
+    assert!(matches!(partition.signal_msi(msi(0x41)), Err(Error::Failed(_))));
+    assert_eq!(partition.stats().unwrap().failures, 1);
+    recorder.taken();
+    partition.close().unwrap();
+    assert!(matches!(partition.signal_msi(msi(0x41)), Err(Error::Closed(_))));
+    assert_eq!(recorder.taken(), []);
 }

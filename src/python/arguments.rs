@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMapping, PyRange, PyRangeMethods};
 
 use super::errors::bad_integer;
+use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{MAX_GSIS, RawMsi};
 use crate::irqfd::{self, VpSet};
 
@@ -36,6 +37,28 @@ pub(super) fn descriptor(value: &Bound<'_, PyAny>) -> PyResult<RawFd> {
         fd @ 0.. => Ok(fd),
         fd => Err(PyValueError::new_err(format!("file descriptor {fd} is negative; {range}"))),
     }
+}
+
+/// The trigger of a doorbell.
+pub(super) fn trigger(
+    address: &Bound<'_, PyAny>,
+    length: &Bound<'_, PyAny>,
+    datamatch: Option<&Bound<'_, PyAny>>,
+    port: bool,
+) -> PyResult<Trigger> {
+    let address = self::address("doorbell address", address)?;
+    let lengths = "give 1, 2, 4 or 8 bytes, or 0 for writes of any size";
+    let length =
+        length.extract::<u32>().map_err(|error| bad_integer(&error, length, "doorbell length", lengths))?;
+    let value = |value: &Bound<'_, PyAny>| {
+        value.extract::<u64>().map_err(|error| bad_integer(&error, value, "datamatch", "give a value of 64 bits"))
+    };
+    Ok(Trigger { address, length, datamatch: datamatch.map(value).transpose()?, port })
+}
+
+/// A guest-physical address.
+pub(super) fn address(name: &str, value: &Bound<'_, PyAny>) -> PyResult<u64> {
+    value.extract::<u64>().map_err(|error| bad_integer(&error, value, name, "addresses have 64 bits"))
 }
 
 /// GSIs: a `range` with step 1.

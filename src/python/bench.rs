@@ -3,26 +3,33 @@
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use super::arguments;
-use super::objects::Partition;
+use super::msi::MsiRoute;
+use super::objects::{IrqFdRoute, Partition};
+use crate::hypervisor::event::EventFd;
 use crate::hypervisor::kvm::{self, KvmPartition};
 use crate::hypervisor::mshv::{self, MshvPartition};
 use crate::hypervisor::simulated::SimulatedPartition;
-use crate::hypervisor::{Backend, CallError, CallResult};
+use crate::hypervisor::{Backend, CallError, CallResult, MAX_GSIS, Operation};
 use crate::instruments::bare::Bare;
+use crate::instruments::latency::{Delivery, latencies};
 use crate::instruments::null::NullPartition;
-use crate::instruments::{Design, Workload, floor, rebuild};
-use crate::irqfd::{self, Config};
+use crate::instruments::{Design, VPS, Way, Workload, floor, rebuild};
+use crate::irqfd::{self, Config, Failure};
 
-/// A design of `src/instruments` on a partition of its own, with one VP.
+/// The longest wait for the delivery of a signal.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A design of `src/instruments` on a partition of its own, with four VPs.
 ///
 /// Args:
-///     design: "floor", "floor-quiesced" or "rebuild".
+///     design: "floor", "floor-quiesced", "floor-move" or "rebuild".
 ///     backend: "mshv", "kvm", "simulated" or "null".
 ///     routes: the number of routes.
 #[pyclass(frozen, module = "mshv_irqfd._core")]
@@ -34,10 +41,11 @@ fn failed(error: CallError) -> PyErr {
 
 fn design<K: Bare>(name: &str, kernel: CallResult<K>, routes: usize) -> PyResult<Design> {
     let mut kernel = kernel.map_err(failed)?;
-    kernel.create_vp(0).map_err(failed)?;
+    (0..VPS).try_for_each(|index| kernel.create_vp(index)).map_err(failed)?;
     match name {
-        "floor" => Ok(floor(kernel, routes, false)),
-        "floor-quiesced" => Ok(floor(kernel, routes, true)),
+        "floor" => Ok(floor(kernel, routes, Way::Push)),
+        "floor-quiesced" => Ok(floor(kernel, routes, Way::QuiescedPush)),
+        "floor-move" => Ok(floor(kernel, routes, Way::Move)),
         "rebuild" => Ok(rebuild(kernel, routes)),
         _ => Err(PyValueError::new_err(format!("design {name:?} is unknown"))),
     }
@@ -76,14 +84,96 @@ impl Baseline {
     }
 }
 
-/// A partition whose kernel does nothing, with one VP.
+/// A partition whose kernel does nothing, with four VPs.
 #[pyfunction]
-pub(crate) fn null_partition(py: Python<'_>, gsis: &Bound<'_, PyAny>) -> PyResult<Partition> {
-    let config = Config { quiesce: false, ..Config::new(Backend::Simulated, arguments::gsis("gsis", gsis)?) };
+#[pyo3(signature = (gsis, *, preload))]
+pub(crate) fn null_partition(py: Python<'_>, gsis: &Bound<'_, PyAny>, preload: bool) -> PyResult<Partition> {
+    let gsis = arguments::gsis("gsis", gsis)?;
+    let above = gsis.end..MAX_GSIS;
+    let config = Config {
+        quiesce: false,
+        spares: if preload { vec![above] } else { Vec::new() },
+        ..Config::new(Backend::Simulated, gsis)
+    };
     let core = py.detach(|| -> irqfd::Result<_> {
         let core = irqfd::Partition::new(Box::new(NullPartition::new()), config)?;
-        core.create_vp(0)?;
+        (0..VPS).try_for_each(|index| core.create_vp(index))?;
         Ok(core)
     })?;
     Ok(Partition::new(core))
+}
+
+/// Signals routes in turn, without pause, and times each signal until its delivery. Meanwhile another thread sets the
+/// MSIs in turn on another route, without pause. Both run without Python.
+///
+/// The simulated kernel reports each delivery. In the real ones a signal on an armed route is delivered before its
+/// write returns. If it is pending then, the route was not armed: the signal is late, and its time ends when its eventfd
+/// is drained, a moment after its delivery.
+///
+/// Args:
+///     routes: the routes to signal, all armed.
+///     moved: the other route, or None for no other thread.
+///     msis: the MSIs to set on it.
+///     seconds: the duration of the measurement.
+///
+/// Returns:
+///     The nanoseconds of each signal, the number of late ones, and the number of MSIs set.
+#[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "pyo3 converts a list to a vector")]
+pub(crate) fn signal_latencies(
+    py: Python<'_>,
+    routes: Vec<Py<IrqFdRoute>>,
+    moved: Option<Py<IrqFdRoute>>,
+    msis: Vec<Py<MsiRoute>>,
+    seconds: f64,
+) -> PyResult<(Vec<u64>, u64, u64)> {
+    let time = arguments::timeout(seconds)?;
+    if routes.is_empty() || (moved.is_some() && msis.is_empty()) {
+        return Err(PyValueError::new_err("give at least one route, and with moved at least one MSI"));
+    }
+    let found = py.detach(|| -> irqfd::Result<_> {
+        let routes: Vec<_> = routes.iter().map(|route| &route.get().route).collect();
+        let events = routes.iter().map(|route| Ok(EventFd::adopt(route.fileno()?)?));
+        let events = events.collect::<irqfd::Result<Vec<_>>>()?;
+        let signal = |number: usize| {
+            let index = number % routes.len();
+            deliver(routes[index], &events[index])
+        };
+        let work = moved.as_ref().map(|moved| {
+            let (route, msis) = (&moved.get().route, &msis);
+            move |number: u64| route.set_msi(msis[number as usize % msis.len()].get().0)
+        });
+        latencies(time, signal, work)
+    })?;
+    Ok((found.nanoseconds, found.late, found.worked))
+}
+
+/// Signals a route and waits for the delivery. `event` is a duplicate of the route's.
+fn deliver(route: &irqfd::IrqFdRoute, event: &EventFd) -> irqfd::Result<Delivery> {
+    let polled = |error| Failure::new(CallError::of(Operation::Event, "poll", &error), Some(route.gsi()));
+    let missing = || {
+        let error = CallError::new(Operation::Observe, "wait for the delivery", libc::ETIMEDOUT);
+        Failure::new(error, Some(route.gsi()))
+    };
+    let begun = Instant::now();
+    route.signal(1)?;
+    let mut took = begun.elapsed();
+    let mut late = false;
+    if route.partition().config().backend == Backend::Simulated {
+        if route.partition().take_interrupts(PATIENCE)?.is_empty() {
+            return Err(missing().into());
+        }
+        took = begun.elapsed();
+    } else {
+        while event.is_readable().map_err(polled)? {
+            late = true;
+            if begun.elapsed() > PATIENCE {
+                return Err(missing().into());
+            }
+        }
+        if late {
+            took = begun.elapsed();
+        }
+    }
+    Ok(Delivery { took, late })
 }

@@ -29,6 +29,8 @@ exceptions! {
     mshv_irqfd.errors, ForkedError;
     mshv_irqfd.errors, GsiExhaustedError;
     mshv_irqfd.errors, HypervisorUnavailableError;
+    mshv_irqfd.errors, InterruptError;
+    mshv_irqfd.errors, IoEventFdError;
     mshv_irqfd.errors, IrqFdError;
     mshv_irqfd.errors, MissingVpError;
     mshv_irqfd.errors, RouteBrokenError;
@@ -91,6 +93,8 @@ fn call_error(py: Python<'_>, failure: &Failure) -> PyResult<PyErr> {
     let class = match failure.error.operation {
         Operation::SetMsiRouting => py.get_type::<RoutingError>(),
         Operation::AssignIrqfd | Operation::DeassignIrqfd | Operation::Event => py.get_type::<IrqFdError>(),
+        Operation::AssignIoEventFd | Operation::DeassignIoEventFd => py.get_type::<IoEventFdError>(),
+        Operation::SignalMsi => py.get_type::<InterruptError>(),
         Operation::CreateVp => py.get_type::<VpError>(),
         Operation::Open => py.get_type::<HypervisorUnavailableError>(),
         Operation::Observe => return Ok(os_error_of(failure.error.errno)),
@@ -103,7 +107,7 @@ fn exception(class: &Bound<'_, PyType>, failure: &Failure, text: &str) -> PyResu
     let attributes = PyDict::new(class.py());
     attributes.set_item("ioctl", failure.error.call)?;
     attributes.set_item("gsi", failure.gsi)?;
-    attributes.set_item("hint", failure.hint)?;
+    attributes.set_item("hint", failure.hint())?;
     Ok(PyErr::from_value(class.call((errno, format!("{}: {text}", strerror(errno))), Some(&attributes))?))
 }
 

@@ -10,7 +10,7 @@ use pyo3::types::PyType;
 
 use super::arguments;
 use super::errors::{ClosedError, bad_integer};
-use super::objects::IrqFdRoute;
+use super::objects::{IoEventFd, IrqFdRoute};
 use crate::hypervisor::event;
 use crate::hypervisor::owner::Owner;
 use crate::hypervisor::{CallError, Operation};
@@ -19,7 +19,8 @@ use crate::irqfd::{Error, Failure};
 /// An eventfd: a counter that one side adds to and the other empties.
 ///
 /// `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
-/// `IrqFdRoute.event` is a view of a route's. It has `fileno()`, so it works with `selectors` and asyncio.
+/// `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's. It has `fileno()`, so it works
+/// with `selectors` and asyncio.
 ///
 /// Threads may share it. It works in a forked child, on the same counter as in the parent.
 ///
@@ -44,6 +45,8 @@ enum Source {
     Own(event::EventFd),
     /// A view of a route's eventfd. It keeps the route alive, and reads under the route's lock.
     View(Py<IrqFdRoute>),
+    /// A view of a doorbell's eventfd. It keeps the doorbell alive.
+    Doorbell(Py<IoEventFd>),
 }
 
 fn failed(call: &'static str, error: &std::io::Error) -> Error {
@@ -62,15 +65,16 @@ impl EventFd {
 
 #[pymethods]
 impl EventFd {
-    /// `_source` is for `from_fd` and `IrqFdRoute.event`, which make instances of the Python subclass.
+    /// `_source` is for `from_fd`, `IrqFdRoute.event` and `IoEventFd.event`, which make instances of the Python subclass.
     #[new]
     #[pyo3(signature = (_source=None))]
     fn new(_source: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let source = match _source {
             None => Source::Own(event::EventFd::new().map_err(|error| failed("eventfd2", &error))?),
-            Some(source) => match source.cast::<IrqFdRoute>() {
-                Ok(route) => Source::View(route.clone().unbind()),
-                Err(_) => {
+            Some(source) => match (source.cast::<IrqFdRoute>(), source.cast::<IoEventFd>()) {
+                (Ok(route), _) => Source::View(route.clone().unbind()),
+                (_, Ok(doorbell)) => Source::Doorbell(doorbell.clone().unbind()),
+                _ => {
                     let fd = arguments::descriptor(source)?;
                     Source::Own(event::EventFd::adopt(fd).map_err(Error::from)?)
                 }
@@ -99,6 +103,7 @@ impl EventFd {
         match &self.source {
             Source::Own(event) => Ok(event.as_raw_fd()),
             Source::View(route) => Ok(route.get().route.fileno()?),
+            Source::Doorbell(doorbell) => Ok(doorbell.get().doorbell.fileno()?),
         }
     }
 
@@ -127,6 +132,7 @@ impl EventFd {
                 Ok(if event.may_block() { py.detach(write) } else { write() }?)
             }
             Source::View(route) => route.get().signal_times(py, n),
+            Source::Doorbell(doorbell) => doorbell.get().signal_times(py, n),
         }
     }
 
@@ -145,10 +151,11 @@ impl EventFd {
                 let route = route.get();
                 Ok(py.detach(|| route.route.take_pending())?)
             }
+            Source::Doorbell(doorbell) => Ok(doorbell.get().doorbell.consume()?),
         }
     }
 
-    /// Closes the descriptor. Closing twice is fine. Closing a view does not close the route's descriptor.
+    /// Closes the descriptor. Closing twice is fine. A view leaves the descriptor of its route or doorbell open.
     fn close(&self) {
         self.closed.store(true, Ordering::Release);
         if let Source::Own(event) = &self.source {
@@ -172,6 +179,7 @@ impl EventFd {
         match &self.source {
             Source::Own(_) => Ok(()),
             Source::View(route) => visit.call(route),
+            Source::Doorbell(doorbell) => visit.call(doorbell),
         }
     }
 
@@ -196,6 +204,10 @@ impl EventFd {
             (Source::View(route), _) => match route.get().route.fileno() {
                 Ok(fd) => format!("<EventFd fd={fd} of the route of GSI {}>", route.get().route.gsi()),
                 Err(_) => "<EventFd of a closed route>".into(),
+            },
+            (Source::Doorbell(doorbell), _) => match doorbell.get().doorbell.fileno() {
+                Ok(fd) => format!("<EventFd fd={fd} of the doorbell ({})>", doorbell.get().doorbell.trigger()),
+                Err(_) => "<EventFd of a closed doorbell>".into(),
             },
         }
     }

@@ -5,6 +5,7 @@ mod arguments;
 mod batch;
 pub(crate) mod bench;
 mod device;
+mod doorbell;
 pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;

@@ -11,7 +11,8 @@ use crate::{irqfd, pci};
 /// A partition (virtual machine) of a hypervisor, and the sole owner of its MSI routing table and irqfds.
 ///
 /// `open_partition()` and `Partition.from_fd()` make partitions. Threads may share one. Close it, or use `with`;
-/// closing it closes its routes. In a forked child everything that would touch the partition raises `ForkedError`.
+/// closing it closes its routes and doorbells. In a forked child everything that would touch the partition raises
+/// `ForkedError`.
 ///
 /// Raises:
 ///     ClosedError: the partition is closed. Nearly every method raises this.
@@ -61,6 +62,33 @@ pub(crate) struct IrqFdRoute {
 /// A route of a device's vector, on its way into an `IrqFdRoute`.
 #[pyclass(frozen)]
 pub(super) struct TakenRoute(pub(super) Arc<irqfd::IrqFdRoute>);
+
+/// A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
+///
+/// `Partition.ioeventfd()` makes a doorbell. The eventfd is readable once the guest has rung, so `fileno()` works with
+/// `selectors` and asyncio, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+///
+/// Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()` and `fileno()`
+/// work, on the same counter as in the parent; `close()` raises `ForkedError`.
+///
+/// Raises:
+///     ClosedError: the doorbell is closed. `signal()`, `consume()`, `fileno()` and `event` raise this.
+///
+/// Example:
+///     >>> partition = open_partition("simulated")
+///     >>> doorbell = partition.ioeventfd(0xD0000000, 4, datamatch=7)
+///     >>> partition.write_mmio(0xD0000000, (7).to_bytes(4, "little"))
+///     True
+///     >>> doorbell.consume()
+///     1
+///     >>> doorbell
+///     <IoEventFd MMIO 0xd0000000, 4 bytes, value 0x7>
+///     >>> partition.close()
+#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
+pub(crate) struct IoEventFd {
+    pub(super) doorbell: irqfd::IoEventFd,
+    pub(super) partition: Py<Partition>,
+}
 
 /// Changes to several routes of one partition, made together with at most one push, or not at all.
 ///

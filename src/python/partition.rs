@@ -12,7 +12,7 @@ use pyo3::types::{PyList, PyRange, PyTuple, PyType, PyWeakrefMethods, PyWeakrefR
 
 use super::errors::bad_integer;
 use super::objects::{Batch, IrqFdRoute, Partition};
-use super::{arguments, values};
+use super::{arguments, msi, values};
 use crate::hypervisor::{Backend, Operation, UnknownBackend};
 use crate::irqfd::{self, AdoptOptions, Options};
 
@@ -157,6 +157,70 @@ impl Partition {
         Ok(object)
     }
 
+    /// Raises one MSI now, with no eventfd and no route.
+    ///
+    /// Takes what `IrqFdRoute.set_msi()` takes, and checks it alike. Pushes nothing.
+    ///
+    /// Args:
+    ///     address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
+    ///     data: the data of the MSI. Omit it with an `MsiRoute`.
+    ///
+    /// Returns:
+    ///     False if the kernel reports that the guest did not take it. Only KVM tells, for instance while the guest's
+    ///     local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
+    ///
+    /// Raises:
+    ///     ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the
+    ///         rule.
+    ///     MissingVpError: no VP has the destination's APIC id.
+    ///     InterruptError: the kernel refused.
+    #[pyo3(signature = (address, data=None))]
+    fn signal_msi(
+        &self,
+        py: Python<'_>,
+        address: &Bound<'_, PyAny>,
+        data: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<bool> {
+        let msi = msi::from_arguments(address, data)?;
+        Ok(py.detach(|| self.core.signal_msi(msi))?)
+    }
+
+    /// A new doorbell: the guest's writes to an address signal an eventfd; see `IoEventFd`.
+    ///
+    /// A write that rings does not leave the kernel: no VMM sees it. On KVM, writes to guest memory never ring.
+    ///
+    /// No write may ring two doorbells of a partition. So at one address, doorbells differ in length, or in `datamatch`
+    /// at one length; a doorbell of length 0 is alone.
+    ///
+    /// Args:
+    ///     address: the guest-physical address (64 bits), or the number of an I/O port. The write must begin there.
+    ///     length: the size of the write in bytes: 1, 2, 4 or 8 (not 8 on a port). 0: any size.
+    ///     datamatch: the value that rings, at most `length` bytes wide. None: any value.
+    ///     event: a caller's eventfd (an int, or an object with `fileno()`), which the doorbell duplicates. Several
+    ///         doorbells may share one. It may also be a route's: then the guest's write raises the route's MSI, and
+    ///         the signals are the route's to take. By default the doorbell makes a new eventfd.
+    ///     port: whether `address` is an I/O port. Only KVM has doorbells there.
+    ///
+    /// Raises:
+    ///     ValueError, OverflowError, TypeError: an argument is invalid, or the doorbell collides with another one of
+    ///         this partition. The message names the value and the rule.
+    ///     io.UnsupportedOperation: `port` on mshv or a simulated partition.
+    ///     IoEventFdError: the kernel refused, and nothing changed.
+    ///     IrqFdError: `event` is not open (EBADF), or the process has too many open files (EMFILE).
+    #[pyo3(signature = (address, length, *, datamatch=None, event=None, port=false))]
+    fn ioeventfd<'py>(
+        slf: &Bound<'py, Self>,
+        address: &Bound<'py, PyAny>,
+        length: &Bound<'py, PyAny>,
+        datamatch: Option<&Bound<'py, PyAny>>,
+        event: Option<&Bound<'py, PyAny>>,
+        port: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        let class = CLASS.import(slf.py(), "mshv_irqfd.handles", "IoEventFd")?;
+        class.call1((slf, address, length, datamatch, event, port))
+    }
+
     /// Creates the VP with this index, which is also its APIC id.
     ///
     /// Args:
@@ -206,10 +270,11 @@ impl Partition {
         values::partition_stats(py, stats)
     }
 
-    /// Closes the routes and the partition. Closing twice is fine.
+    /// Closes the routes, the doorbells and the partition. Closing twice is fine.
     ///
     /// Raises:
     ///     IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
+    ///     IoEventFdError: some doorbells could not be taken away. Everything is closed nevertheless.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.core.close())?)
     }
@@ -233,14 +298,23 @@ impl Partition {
         Ok(())
     }
 
+    fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Vec<u8>) -> PyResult<bool> {
+        let address = arguments::address("address", address)?;
+        Ok(py.detach(|| self.core.write_mmio(address, &data))?)
+    }
+
     fn _fail(&self, py: Python<'_>, call: &str, errno: i32, after: u32, times: u32) -> PyResult<()> {
         let operation = match call {
             "set_msi_routing" => Operation::SetMsiRouting,
             "assign_irqfd" => Operation::AssignIrqfd,
             "deassign_irqfd" => Operation::DeassignIrqfd,
+            "assign_ioeventfd" => Operation::AssignIoEventFd,
+            "deassign_ioeventfd" => Operation::DeassignIoEventFd,
+            "signal_msi" => Operation::SignalMsi,
             _ => {
                 return Err(PyValueError::new_err(format!(
-                    "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\" or \"deassign_irqfd\""
+                    "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
+                     \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
                 )));
             }
         };

@@ -18,7 +18,7 @@ from mshv_irqfd import (
     SimulatedPartition,
     open_partition,
 )
-from support import in_child, msi, open_files, run_python, still_works
+from support import NOTHING, in_child, msi, open_files, run_python, still_works
 
 Open = Callable[..., Guest]
 CLASSES = {"simulated": SimulatedPartition, "kvm": KvmPartition, "mshv": MshvPartition}
@@ -108,7 +108,7 @@ def test_the_counts_of_a_closed_partition_can_be_read(guest: Guest) -> None:
 
 
 def test_the_counts_begin_at_zero(guest: Guest) -> None:
-    assert guest.partition.stats() == (0, 0, 0, 0, 0, 0)
+    assert guest.partition.stats() == NOTHING
 
 
 def test_partitions_are_independent(open_guest: Open) -> None:
@@ -226,6 +226,7 @@ def test_a_device_without_permission_is_unavailable_and_the_error_says_so(
         pytest.param({"backend": "kvm", "device": 5}, TypeError, ".", id="device-int"),
         pytest.param({"backend": "simulated", "quiesce": "yes"}, TypeError, ".", id="quiesce-str"),
         pytest.param({"backend": "simulated", "allow_missing_vp": 2}, TypeError, ".", id="allow-int"),
+        pytest.param({"backend": "simulated", "preload": "yes"}, TypeError, ".", id="preload-str"),
         pytest.param({"backend": "simulated", "colour": 1}, TypeError, "colour", id="keyword"),
     ],
 )

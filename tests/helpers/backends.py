@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvm_code import KvmCode
 from mshv_irqfd import DeliveryMode, Interrupt, KvmPartition, MsiRoute, Partition, SimulatedPartition, open_partition
 from support import until
 
@@ -75,6 +76,10 @@ class Guest(ABC):
         """Takes the interrupts so far, without the fence. For use while other threads change the partition."""
         return self.arrived()
 
+    @abstractmethod
+    def writes(self, address: int, data: bytes) -> bool:
+        """Writes to a guest-physical address below 4 GiB as the guest does. Returns whether a doorbell took it."""
+
     def reaches(self, msi: MsiRoute) -> bool:  # noqa: ARG002 - a subclass looks at it
         """Whether the guest shows the interrupt of an MSI."""
         return True
@@ -127,6 +132,9 @@ class SimulatedGuest(Guest):
         self.partition.settle()
         return self.partition.take_interrupts()
 
+    def writes(self, address: int, data: bytes) -> bool:
+        return self.partition.write_mmio(address, data)
+
 
 class KvmGuest(Guest):
     """A guest of KVM: its interrupts are the vectors in the local APICs.
@@ -138,6 +146,24 @@ class KvmGuest(Guest):
     counted = False
     partition: KvmPartition
     SENTINEL = 0xFE
+    _code: KvmCode | None = None
+
+    @property
+    def code(self) -> KvmCode:
+        """A vCPU to run guest code on."""
+        if self._code is None:
+            self._code = KvmCode(self.partition.fileno())
+        return self._code
+
+    def writes(self, address: int, data: bytes) -> bool:
+        return self.code.write(address, data)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            if self._code is not None:
+                self._code.close()
 
     def arrived(self) -> list[Interrupt]:
         vm = self.partition.fileno()
@@ -194,6 +220,9 @@ class MshvGuest(Guest):
                 arrived += map(Interrupt, self.stub.registers(self.id, vp))
         return arrived
 
+    def writes(self, address: int, data: bytes) -> bool:
+        return self.stub.fire_doorbell(self.id, address, int.from_bytes(data, "little"), len(data)) > 0
+
 
 GUESTS: dict[str, type[Guest]] = {"simulated": SimulatedGuest, "kvm": KvmGuest, "mshv": MshvGuest}
 
@@ -211,6 +240,13 @@ class Backend:
     def quiesces(self) -> bool:
         """Whether pushes are quiesced by default."""
         return self.name != "kvm"
+
+    def loads(self, *, quiesce: bool | None = None) -> bool:
+        """Whether pushes load spare GSIs while there are few routes.
+
+        On KVM a push is cheaper than a move then, so it loads them only if pushes are quiesced.
+        """
+        return self.quiesces or bool(quiesce)
 
     @property
     def takes_broadcast(self) -> bool:

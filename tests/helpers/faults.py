@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Call = Literal["set_msi_routing", "assign_irqfd", "deassign_irqfd"]
+Call = Literal[
+    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
+]
 CALLS: tuple[Call, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
+"""The calls that routes make."""
 
 tried: Counter[tuple[str, str]] = Counter()
 """The number of injected failures by backend and kind, for the summary."""
@@ -88,7 +91,9 @@ class SimulatedFaults(Faults):
 
 KVM_IRQFD, KVM_SET_GSI_ROUTING = 0x4020AE76, 0x4008AE6A
 KVM_CREATE_VCPU, KVM_GET_LAPIC, KVM_SET_LAPIC = 0xAE41, 0x8400AE8E, 0x4400AE8F
+KVM_IOEVENTFD, KVM_SIGNAL_MSI = 0x4040AE79, 0x4020AEA5
 MSHV_IRQFD, MSHV_SET_MSI_ROUTING, MSHV_CREATE_VP = 0x4010B803, 0x4008B805, 0x4004B801
+MSHV_IOEVENTFD, MSHV_ROOT_HVCALL = 0x4020B804, 0xC020B807
 
 KINDS = {
     KVM_SET_GSI_ROUTING: "set_msi_routing",
@@ -97,9 +102,16 @@ KINDS = {
     KVM_GET_LAPIC: "create_vp",
     KVM_SET_LAPIC: "create_vp",
     MSHV_CREATE_VP: "create_vp",
+    KVM_SIGNAL_MSI: "signal_msi",
+    MSHV_ROOT_HVCALL: "signal_msi",
 }
-FLAGS = {KVM_IRQFD: 8, MSHV_IRQFD: 12}
-"""The offset of the flags in the argument of an irqfd ioctl. On both kernels bit 0 means deassign."""
+FLAGS = {
+    KVM_IRQFD: (8, 1, "irqfd"),
+    MSHV_IRQFD: (12, 1, "irqfd"),
+    KVM_IOEVENTFD: (24, 4, "ioeventfd"),
+    MSHV_IOEVENTFD: (24, 4, "ioeventfd"),
+}
+"""The offset of the flags in the argument of an ioctl that assigns and deassigns; the flag for deassigning."""
 
 SYS_SECCOMP, SYS_IOCTL = 317, 16
 PR_SET_NO_NEW_PRIVS = 38
@@ -205,8 +217,9 @@ class KernelFaults(Faults):
         kind = KINDS.get(request)
         if request in FLAGS:
             # The caller is stopped in the system call, so its argument is still in memory.
-            flags = ctypes.c_uint32.from_address(argument + FLAGS[request]).value
-            kind = "deassign_irqfd" if flags & 1 else "assign_irqfd"
+            offset, deassign, thing = FLAGS[request]
+            flags = ctypes.c_uint32.from_address(argument + offset).value
+            kind = f"deassign_{thing}" if flags & deassign else f"assign_{thing}"
         for fault in self._faults:
             if fault.times > 0 and fault.kind in (kind, "ioctl"):
                 if fault.after > 0:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends import Backend
 from mshv_irqfd import EventFd, IrqFdError, SimulatedPartition
-from support import collect, fork, msi, refusal
+from support import collect, fork, msi, rare, refusal
 
 if TYPE_CHECKING:
     from mshv_irqfd import IrqFdRoute
@@ -29,6 +29,10 @@ def closed(backend: Backend) -> None:
         view = route.event
         view.signal()
         view.close()
+        with partition.ioeventfd(0xD0000000, 4) as doorbell, doorbell.event as kick:
+            doorbell.signal()
+            assert kick.consume() == 1
+        assert partition.signal_msi(msi(0x43))
         assert partition.routes == [route, other]
 
 
@@ -49,7 +53,7 @@ def dropped(backend: Backend) -> None:
 def in_a_cycle(backend: Backend) -> None:
     partition = backend.open()
     ring: list[Any] = [partition, partition.new_irqfd_route(), partition.batch(), EventFd()]
-    ring += [ring, ring[1].event]
+    ring += [ring, ring[1].event, partition.ioeventfd(0xD0000000, 4)]
     ring[1].set_msi(msi(0x41))
 
 
@@ -84,8 +88,8 @@ def closed_by_others(backend: Backend) -> None:
 LIVES_LED = (closed, dropped, in_a_cycle, raising, refused, closed_by_others)
 
 
-def busy(backend: Backend) -> None:
-    guest = backend.guest(backend.open(vps=2))
+def busy(backend: Backend, *, preload: bool = True) -> None:
+    guest = backend.guest(backend.open(vps=2, preload=preload))
     partition = guest.partition
     routes = [partition.new_irqfd_route() for _ in range(50)]
     with partition.batch() as batch:
@@ -101,7 +105,8 @@ def busy(backend: Backend) -> None:
     guest.receives(msi(0x40))
     routes[1].clear_msi()
     assert partition.stats().arms >= 51
-    assert len(partition.routing_table()) == 50
+    loads = preload and backend.loads()
+    assert len(partition.routing_table()) == 50 + (480 if loads else 0)
     if isinstance(partition, SimulatedPartition):
         failing(partition, routes)
     forking(backend, routes)
@@ -114,13 +119,17 @@ def failing(partition: SimulatedPartition, routes: list[IrqFdRoute]) -> None:
     def retarget() -> None:
         with partition.batch() as batch:
             for route in routes[10:]:
-                batch.set_msi(route, msi(0x90))
+                batch.set_msi(route, rare(0x90))
 
     partition.fail("set_msi_routing", errno.ENOMEM)
     assert refusal(retarget) == "RoutingError"
     partition.fail("assign_irqfd", errno.EIO, after=20)
     partition.fail("deassign_irqfd", errno.EIO, after=55)
     assert refusal(retarget) == "IrqFdError"
+
+
+def pushing(backend: Backend) -> None:
+    busy(backend, preload=False)
 
 
 def forking(backend: Backend, routes: list[IrqFdRoute]) -> None:
@@ -137,7 +146,7 @@ def forking(backend: Backend, routes: list[IrqFdRoute]) -> None:
 def main(*names: str) -> None:
     warnings.simplefilter("ignore", ResourceWarning)
     for name in names:
-        for live in (*LIVES_LED, busy):
+        for live in (*LIVES_LED, busy, pushing):
             live(Backend(name))
             collect()
             print(name, live.__name__, flush=True)

@@ -35,7 +35,7 @@ from mshv_irqfd import (
     VpError,
 )
 from raw_kvm import KvmVm
-from support import recorded
+from support import MANY, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,12 @@ FAILURES: st.SearchStrategy[list[tuple[Call, int, int]]] = st.one_of(
 """Faults: the call, the number of calls that succeed before, and the number of calls that fail."""
 
 FIRST_GSI = 24
+FEW = 6
+"""The number of spare GSIs that are soon all in use."""
+ADOPTED_SPARES = 300
+"""The first spare GSI of an adopted VM."""
+Loading = Literal["off", "few", "all", "crowded"]
+"""The spare GSIs of a partition. Where a small table is pushed in place, "few" and "crowded" have many more routes."""
 KEPT = {200: MsiRoute.fixed(0xC8, 0)}
 FULL = 2**64 - 2
 
@@ -84,7 +90,7 @@ class AdoptedGuest(KvmGuest):
         for flags in (KVM_IRQFD_FLAG_DEASSIGN, 0):
             for route in self.partition.routes:
                 if route.armed:
-                    self.vm.irqfd(route.gsi, route.fileno(), flags)
+                    self.vm.irqfd(route.armed_gsi or 0, route.fileno(), flags)
         return [Interrupt(vector) for vector in sorted(self.vm.vectors())]
 
     def reaches(self, msi: MsiRoute) -> bool:
@@ -97,6 +103,7 @@ class Options(NamedTuple):
     quiesce: bool | None = None
     size: int = 1
     any_vp: bool = False
+    loading: Loading = "off"
 
 
 def at_times(self: Machine) -> bool:
@@ -127,7 +134,7 @@ def step(function: Callable[P, None]) -> Callable[P, None]:
 class Machine(RuleBasedStateMachine):
     """A partition, its model, and the steps that change both."""
 
-    runs = steps = failed = races = 0
+    runs = steps = failed = races = pushes = hits = 0
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -148,23 +155,44 @@ class Machine(RuleBasedStateMachine):
     # Opening and closing
 
     def open_partition(self) -> None:
-        quiesce, size, any_vp = self.options
+        quiesce, size, any_vp, loading = self.options
         self.faults.clear()
-        gsis = range(FIRST_GSI, FIRST_GSI + size)
+        mine = range(FIRST_GSI, FIRST_GSI + size)
+        in_place = self.name in ("kvm", "adopted") and not quiesce
+        crowd = MANY if in_place and loading in ("few", "crowded") else 0
+        gsis = range(FIRST_GSI, FIRST_GSI + size + crowd)
         files = _epolls()
         self.guest: Guest
         if self.name == "adopted":
             self.vm = KvmVm()
             keep = [RoutingEntry(gsi, msi.address, msi.data) for gsi, msi in KEPT.items()]
+            end = {"off": ADOPTED_SPARES, "few": ADOPTED_SPARES + FEW}.get(loading, 4000)
+            spare = range(ADOPTED_SPARES, end)
             partition = Partition.from_fd(
-                self.vm, "kvm", gsis=gsis, keep=keep, vps=None if any_vp else 1, quiesce=quiesce
+                self.vm, "kvm", gsis=gsis, keep=keep, spare=spare, vps=None if any_vp else 1, quiesce=quiesce
             )
             self.guest = AdoptedGuest(self.vm, partition)
         else:
+            if loading == "few":
+                gsis = range(FIRST_GSI, FIRST_GSI + 4096 - (40 if self.name == "kvm" else FIRST_GSI) - FEW)
+            spare = range(gsis.stop if loading != "off" else 4096, 4096)
             backend = Backend(self.name)
-            self.guest = backend.guest(backend.open(gsis=gsis, quiesce=quiesce, allow_missing_vp=any_vp))
-        self.partition = self.guest.partition
-        self.model = model.Partition(gsis, {0}, KEPT if self.name == "adopted" else {}, any_vp=any_vp)
+            partition = backend.open(gsis=gsis, quiesce=quiesce, allow_missing_vp=any_vp, preload=loading != "off")
+            self.guest = backend.guest(partition)
+        self.partition = partition
+        self.may_exhaust = len(gsis) == size + crowd
+        self.crowd = [partition.new_irqfd_route() for _ in range(size + crowd)] if crowd else []
+        for route in self.crowd[:size]:
+            route.close()
+        spares = model.Spares(
+            spare,
+            in_place,
+            brings_home=partition.quiesce and loading == "few",
+            loads=loading != "off" and (crowd > 0 or not in_place),
+            fit=loading != "few",
+        )
+        self.model = model.Partition(mine, {0}, KEPT if self.name == "adopted" else {}, spares, any_vp=any_vp)
+        self.counts = partition.stats()
         self.owed = self.failures = 0
         if isinstance(self.guest, SimulatedGuest):
             (fd,) = _epolls() - files
@@ -174,15 +202,16 @@ class Machine(RuleBasedStateMachine):
         quiesce=st.sampled_from([None, True, False]),
         size=st.sampled_from([1, 3, 4, 5]),
         any_vp=st.booleans(),
+        loading=st.sampled_from(["few", "off", "all", "crowded"]),
         routes=st.sampled_from([0, 2, 3, 4, 5]),
     )
     @step
-    def begin(self, quiesce: bool | None, size: int, any_vp: bool, routes: int) -> None:
+    def begin(self, quiesce: bool | None, size: int, any_vp: bool, loading: Loading, routes: int) -> None:
         """Opens a partition with these options and some routes in place of the first one."""
         if isinstance(self.guest, MshvGuest):
             # Without quiescing a push tears signals that overlap it. A missing VP crashes the root scheduler's host.
             quiesce, any_vp = None, any_vp and not self.guest.root
-        self.options = Options(quiesce, size, any_vp)
+        self.options = Options(quiesce, size, any_vp, loading)
         self.end_partition()
         self.open_partition()
         for _ in range(routes):
@@ -269,8 +298,9 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="is the eventfd of the route of GSI"):
                 self.partition.new_irqfd_route(event=fd)
         elif not self.model.free:
-            with pytest.raises(GsiExhaustedError):
-                self.partition.new_irqfd_route(event=fd)
+            if self.may_exhaust:
+                with pytest.raises(GsiExhaustedError):
+                    self.partition.new_irqfd_route(event=fd)
         else:
             self.handles.append((self.partition.new_irqfd_route(event=fd), self.model.open_route(event)))
 
@@ -351,6 +381,17 @@ class Machine(RuleBasedStateMachine):
         """Makes the same change to all routes, so that a failure has earlier changes to roll back."""
         self.try_batch([(number, action, msi) for number in range(len(self.handles))], failures, racing=racing)
 
+    @precondition(lambda self: self.handles)
+    @rule(moves=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), min_size=2, max_size=8))
+    def move_about(self, moves: list[tuple[int, int]]) -> None:
+        """Arms routes and moves them about, one at a time, as a guest does."""
+        for number, msi in moves:
+            self.move(number=number, msi=msi)
+
+    @step
+    def move(self, number: int, msi: int) -> None:
+        self.try_batch([(number, "unmask", 0), (number, "set_msi", msi)], [], racing=False)
+
     def try_batch(
         self, edits: list[tuple[int, Action, int]], failures: list[tuple[Call, int, int]], *, racing: bool
     ) -> None:
@@ -373,7 +414,8 @@ class Machine(RuleBasedStateMachine):
         if racing is not None:
             Machine.races += 1
             signaller = _signaller(racing)
-        failed = False
+        self.counts = self.partition.stats()
+        failure: RoutingError | IrqFdError | None = None
         if any(change.route.broken for change in changes):
             with pytest.raises(RouteBrokenError):
                 change()
@@ -383,27 +425,55 @@ class Machine(RuleBasedStateMachine):
         else:
             try:
                 change()
-            except (RoutingError, IrqFdError):
-                failed = True
+            except (RoutingError, IrqFdError) as error:
+                failure = error
             struck = self.struck(struck_before)
             for one in changes:
                 if one.msi is not None:
                     one.route.asked.add(one.msi)
-            if failed:
+                    self.model.asked.add(one.msi)
+            if failure:
                 assert struck > 0, "an error was raised, but no call failed"
                 self.model.fail(changes)
+                self.take_over_refusal(failure)
+                if self.partition.stats().pushes > self.model.pushes:
+                    self.model.bring_home({one.route for one in changes if one.needed}, self.shown())
                 self.take_over_failure(changes, before, struck)
             else:
                 others = [*self.model.broken, *(route for _, route in self.handles if route.waits_to_be_rearmed)]
                 assert struck == 0 or others, "a call failed, but no error was raised"
                 waiting = [route for _, route in self.handles if route.waits_to_be_rearmed]
-                self.model.succeed(changes, struck)
+                self.model.succeed(changes, struck, self.shown())
                 self.take_over_rearmed(waiting)
         if signaller is not None:
             signaller.join()
             route = next(route for handle, route in self.handles if handle is racing)
             asked = {one.route: one.msi for one in changes}
             self.model.overlap(route, before[route], asked.get(route))
+
+    def shown(self) -> model.Shown:
+        """The outcome of a call, as far as the model lists several."""
+        before, after = self.counts, self.partition.stats()
+        pushes, hits = after.pushes - before.pushes, after.hits - before.hits
+        Machine.pushes += pushes
+        Machine.hits += hits
+        return model.Shown(
+            pushes,
+            self.table(),
+            {route: handle.armed_gsi for handle, route in self.handles},
+            hits,
+            after.misses - before.misses,
+            after.entries_loaded - before.entries_loaded,
+        )
+
+    def take_over_refusal(self, failure: RoutingError | IrqFdError) -> None:
+        """After a push that the kernel refused, the next one loads nothing. A failed call counts no hits and misses."""
+        before, after = self.counts, self.partition.stats()
+        assert (after.hits, after.misses, after.entries_loaded) == (before.hits, before.misses, before.entries_loaded)
+        if isinstance(failure, RoutingError):
+            self.model.refused = True
+        elif after.pushes > before.pushes:
+            self.model.refused = False
 
     def take_over_failure(
         self, changes: list[model.Change], before: dict[model.Route, MsiRoute | None], struck: int
@@ -427,12 +497,15 @@ class Machine(RuleBasedStateMachine):
                 route.event.drained()
         # An inert entry may stay, and an older inert entry may be gone.
         seen = self.table()
+        self.model.check_spare_entries({gsi: msi for gsi, msi in seen.items() if gsi in self.model.spares.gsis})
         for gsi, msi in seen.items():
+            if gsi in self.model.spares.gsis:
+                continue
             asked = {change.wanted for change in changes if change.route.gsi == gsi}
             known = {self.model.table.get(gsi), self.model.entries.get(gsi)} | asked
             assert gsi in self.model.broken or msi in known, f"bogus entry {msi} of GSI {gsi}"
         for route in self.model.routes.values():
-            assert not route.armed or seen.get(route.gsi) == route.msi, f"{route} is armed and not routed"
+            assert not route.armed or seen.get(route.place) == route.msi, f"{route} is armed and not routed"
         self.model.table = seen
         self.model.pushes = self.partition.stats().pushes
 
@@ -628,6 +701,9 @@ class Machine(RuleBasedStateMachine):
         for handle, route in self.handles:
             told = (handle.gsi, handle.masked, handle.msi, handle.armed, handle.state, handle.closed)
             assert told == (route.gsi, route.masked, route.msi, route.armed, _state(route), False)
+            if route.armed:
+                assert handle.armed_gsi == route.place
+                assert self.model.table[route.place] == route.msi, f"{route} is armed and not routed"
             if route.event.pending is None:
                 route.event.pending = handle.pending if not route.broken else None
                 route.event.full = route.event.full and handle.pending
@@ -638,8 +714,9 @@ class Machine(RuleBasedStateMachine):
         partition, expected = self.partition, self.model
         told_nothing = self.name == "adopted" and expected.any_vp
         assert partition.vps == (None if told_nothing else tuple(sorted(expected.vps)))
-        assert [route.gsi for route in partition.routes] == sorted(expected.routes)
-        for gsi in partition.gsis:
+        mine = partition.gsis[: self.options.size]
+        assert [route.gsi for route in partition.routes if route.gsi in mine] == sorted(expected.routes)
+        for gsi in mine:
             state = GsiState.UNALLOCATED
             if gsi in expected.broken:
                 state = GsiState.BROKEN
@@ -650,8 +727,8 @@ class Machine(RuleBasedStateMachine):
         assert stats.pushes == expected.pushes
         kept = [RoutingEntry(gsi, msi.address, msi.data) for gsi, msi in expected.keep.items() if stats.pushes]
         assert kept == [entry for entry in partition.routing_table() if entry.gsi in expected.keep]
-        certain = [gsi for gsi in partition.gsis if gsi not in expected.broken]
         seen = self.table()
+        certain = (seen.keys() | expected.table.keys()) - expected.broken.keys()
         assert {gsi: seen.get(gsi) for gsi in certain} == {gsi: expected.table.get(gsi) for gsi in certain}
         self.compare_armed(stats.arms - stats.disarms)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from mshv_irqfd import MsiRoute
 
@@ -41,6 +41,11 @@ class Route:
     broken: bool = False
     asked: set[MsiRoute] = field(default_factory=set)
     """All MSIs that were ever set: a broken route may raise any of them."""
+    place: int = 0
+    """The GSI where it is armed, or was armed last: its own or a spare one. Its entry there stays meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.place = self.gsi
 
     @property
     def wanted(self) -> MsiRoute | None:
@@ -86,14 +91,47 @@ class Due:
         self.msis.add(msi)
 
 
+class Shown(NamedTuple):
+    """What a partition shows after a call that succeeded, as far as several outcomes are right."""
+
+    pushes: int
+    """The number of pushes that the call made."""
+    table: dict[int, MsiRoute]
+    places: dict[Route, int | None]
+    hits: int
+    misses: int
+    loaded: int
+
+
+class Spares(NamedTuple):
+    """How a partition may use spare GSIs."""
+
+    gsis: Container[int] = ()
+    in_place: bool = False
+    """Whether a push may change the entries of armed routes in place of moves that would need none."""
+    brings_home: bool = False
+    """Whether a push may bring routes home."""
+    loads: bool = True
+    """Whether pushes load messages."""
+    fit: bool = True
+    """Whether all messages fit that are likely next."""
+
+
 class Partition:
     """The expected state of a partition."""
 
-    def __init__(self, gsis: Iterable[int], vps: Iterable[int], keep: dict[int, MsiRoute], *, any_vp: bool) -> None:
+    def __init__(
+        self, gsis: Iterable[int], vps: Iterable[int], keep: dict[int, MsiRoute], spares: Spares, *, any_vp: bool
+    ) -> None:
         self.vps = set(vps)
         self.any_vp = any_vp
         """Whether destinations go unchecked."""
         self.keep = keep
+        self.spares = spares
+        self.asked: set[MsiRoute] = set()
+        """All MSIs that were ever set on any route."""
+        self.refused = False
+        """Whether the kernel refused the latest push."""
         self.free = set(gsis)
         self.broken: dict[int, set[MsiRoute]] = {}
         """The quarantined GSIs, and the MSIs that they may still raise."""
@@ -160,22 +198,38 @@ class Partition:
         self.routes[gsi] = Route(gsi, event)
         return self.routes[gsi]
 
-    def succeed(self, changes: list[Change], failures: int) -> None:
-        """Makes all changes, with at most one push."""
+    def loaded(self) -> dict[int, MsiRoute]:
+        """The spare entries of the kernel's table."""
+        return {gsi: msi for gsi, msi in self.table.items() if gsi in self.spares.gsis}
+
+    def succeed(self, changes: list[Change], failures: int, shown: Shown) -> None:
+        """Makes all changes, with one push if the kernel's table lacks one of their messages."""
         changes = [change for change in changes if change.needed]
-        push = any(change.wanted and change.wanted != self.table.get(change.route.gsi) for change in changes)
+        loaded = self.loaded()
+        needy = [one for one in changes if one.wanted and one.wanted != self.table.get(one.route.place)]
+        missing = [
+            one for one in needy if one.wanted != self.table.get(one.route.gsi) and one.wanted not in loaded.values()
+        ]
+        moves = [one for one in needy if one.route.armed and one.route.place == one.route.gsi and one not in missing]
+        assert shown.pushes in ({1} if missing else {0, 1} if moves and self.spares.in_place else {0})
+        assert (shown.hits, shown.misses) == (len(needy) - len(missing), len(missing))
         newly = [change.route for change in changes if change.wanted and not change.route.armed]
         for route, masked, msi in changes:
             route.masked, route.msi = masked, msi
             if route.wanted:
-                self.entries[route.gsi] = route.wanted
+                place = shown.places[route]
+                assert place == route.gsi or place in self.spares.gsis, f"{route} is armed at GSI {place}"
+                route.place = place or 0
+                if place == route.gsi:
+                    self.entries[route.gsi] = route.wanted
             elif msi is None:
                 self.entries.pop(route.gsi, None)
+                route.place = route.gsi
             if not route.wanted:
                 route.waits_to_be_rearmed = False
-        if push:
-            self.table = dict(self.entries)
-            self.pushes += 1
+        if shown.pushes:
+            self.bring_home({one.route for one in changes}, shown)
+            self._push(shown, [one.route for one in missing])
             waiting = [route for route in self.routes.values() if route.waits_to_be_rearmed and route not in newly]
             # The call did not ask to arm these, so a failure to arm them does not fail the call.
             newly += [] if failures else waiting
@@ -183,6 +237,53 @@ class Partition:
                 self._maybe_armed(route, route.msi)
         for route in newly:
             self._arm(route)
+
+    def bring_home(self, changed: set[Route], shown: Shown) -> None:
+        """A quiesced push may give all routes at spare GSIs places at their own, but those that are changed."""
+        away = [
+            route
+            for route in self.routes.values()
+            if route.place != route.gsi and route not in changed and not route.broken
+        ]
+        home = [(route, self.table[route.place]) for route in away]
+        # The place of a route that is not armed shows in its own entry alone.
+        if self.spares.brings_home and any(
+            shown.places[route] == route.gsi
+            if route.armed
+            else shown.table.get(route.gsi) == msi != self.entries.get(route.gsi)
+            for route, msi in home
+        ):
+            for route, msi in home:
+                self.entries[route.gsi], route.place = msi, route.gsi
+
+    def _push(self, shown: Shown, missed: list[Route]) -> None:
+        """Takes over the spare entries that a push has brought. The others are known."""
+        before, seen = self.loaded(), {gsi: msi for gsi, msi in shown.table.items() if gsi in self.spares.gsis}
+        self.check_spare_entries(seen)
+        new = {gsi for gsi, msi in seen.items() if before.get(gsi) != msi}
+        placed = {route.place for route in missed} & seen.keys()
+        assert shown.loaded == len(new - placed)
+        assert shown.loaded == 0 or (self.spares.loads and not self.refused)
+        if self.spares.loads and self.spares.fit and not self.refused and not self.any_vp:
+            for msi in (route.msi for route in missed if route.msi and not route.msi.logical):
+                likely = {
+                    type(msi)(msi.address & ~0xFF000 | vp << 12, msi.data & ~0xFF | vector)
+                    for vp in self.vps
+                    for vector in range(16, 256)
+                }
+                assert likely <= set(seen.values()), f"a push for {msi} left out messages that are likely next"
+        self.table = self.entries | seen
+        self.pushes += 1
+        self.refused = False
+
+    def check_spare_entries(self, seen: dict[int, MsiRoute]) -> None:
+        """Each spare entry is for a VP, or for a destination that a route has asked for, and none is there twice."""
+        asked = {(msi.logical, msi.destination) for msi in self.asked}
+        for gsi, msi in seen.items():
+            has_vp = not msi.logical and msi.destination in self.vps
+            assert has_vp or (msi.logical, msi.destination) in asked, f"GSI {gsi} has {msi}, for no VP"
+            assert msi in self.asked or has_vp or msi.logical or self.any_vp, f"GSI {gsi} has {msi}, for no VP"
+        assert len(set(seen.values())) == len(seen), "a message is at two spare GSIs"
 
     def fail(self, changes: list[Change]) -> None:
         """Changes nothing; interrupts delivered before the failure stand."""

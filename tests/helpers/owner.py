@@ -2,8 +2,10 @@
 
 owner.py BACKEND children END      forks a child in each of PLACES, which ends by END; interrupts still arrive here
 owner.py BACKEND pushing END       the same, while other threads push
+owner.py BACKEND moving END        the same, while other threads move routes among spare GSIs
 owner.py BACKEND killed EVENT      arms EVENT, says so, and pushes until it is killed
-owner.py BACKEND outlived EVENT    the same, with a child that keeps the inherited descriptors until standard input ends
+owner.py BACKEND outlived EVENT    arms EVENT, says so, and moves routes until it is killed, with a child that keeps the
+                                   inherited descriptors until standard input ends
 owner.py BACKEND adopted EVENT FD  adopts the partition FD, arms EVENT, says so, and waits to be killed
 """
 
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from backends import Backend, Guest
 from mshv_irqfd import EventFd, IrqFdRoute, Partition
-from support import fork, msi, pushing, refusal, until
+from support import MANY, changing, fork, msi, refusal, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,15 +65,15 @@ class Late:
                 write(1, f"late {type(error).__name__}\n".encode())
 
 
-def armed(backend: Backend) -> tuple[Guest, IrqFdRoute]:
-    guest = backend.guest(backend.open())
+def armed(backend: Backend, *, preload: bool = True) -> tuple[Guest, IrqFdRoute]:
+    guest = backend.guest(backend.open(preload=preload))
     route = guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     return guest, route
 
 
-def in_globals(backend: Backend, life: Life) -> bool:
-    guest, route = armed(backend)
+def in_globals(backend: Backend, life: Life, *, preload: bool = True) -> bool:
+    guest, route = armed(backend, preload=preload)
     batch, event = guest.partition.batch(), EventFd()
     batch.mask(route)
     KEPT[:] = guest, route, route.event, batch, event, Late(route)
@@ -116,19 +118,20 @@ def children(backend: Backend, end: str) -> None:
             return
 
 
-def pushing_children(backend: Backend, end: str) -> None:
+def children_meanwhile(backend: Backend, what: str, end: str) -> None:
     def life(guest: Guest, route: IrqFdRoute) -> bool:
-        others = [guest.partition.new_irqfd_route() for _ in range(50)]
-        with pushing(guest.partition, others):
-            until(lambda: guest.partition.stats().pushes > 1, "the first push is made")
-            ended = has_a_child("pushing", end, guest, route, once=False)
+        others = [guest.partition.new_irqfd_route() for _ in range(MANY)]
+        with changing(guest.partition, others):
+            stats = guest.partition.stats
+            until(lambda: (stats().pushes if what == "pushing" else stats().hits) > 1, "the first change is made")
+            ended = has_a_child(what, end, guest, route, once=False)
         if not ended:
             for each in (route, *others):
                 each.close()
             assert {interrupt.vector for interrupt in guest.arrived()} <= {0x41}
         return ended
 
-    in_globals(backend, life)
+    in_globals(backend, life, preload=what == "moving")
 
 
 def has_a_child(place: str, end: str, guest: Guest, route: IrqFdRoute, *, once: bool = True) -> bool:
@@ -161,10 +164,11 @@ def has_a_child(place: str, end: str, guest: Guest, route: IrqFdRoute, *, once: 
 
 
 def killed(backend: Backend, event: int, *, outlived: bool = False) -> None:
-    partition = backend.open()
+    # One owner is killed while it pushes, the other while it moves routes.
+    partition = backend.open(preload=outlived)
     route = partition.new_irqfd_route(event=event)
     route.set_msi(msi(0x41))
-    others = [partition.new_irqfd_route() for _ in range(50)]
+    others = [partition.new_irqfd_route() for _ in range(MANY)]
     pid = fork() if outlived else os.getpid()
     if pid == 0:
         sys.stdin.read()
@@ -190,8 +194,8 @@ def main(name: str, what: str, *arguments: str) -> None:
     match what, arguments:
         case "children", (end,):
             children(backend, end)
-        case "pushing", (end,):
-            pushing_children(backend, end)
+        case (("pushing" | "moving"), (end,)):
+            children_meanwhile(backend, what, end)
         case (("killed" | "outlived"), (event,)):
             killed(backend, int(event), outlived=what == "outlived")
         case "adopted", (event, fd):

@@ -32,8 +32,25 @@ PATIENCE = float(os.environ.get("MSHV_IRQFD_PATIENCE", "60"))
 because there it does not happen."""
 
 
+NOTHING = PartitionStats(*[0] * len(PartitionStats._fields))
+"""The counts of a partition that has done nothing."""
+
+MANY = 65
+"""More routes than a partition of KVM may have for a push to be cheaper than a move."""
+
+
 def msi(vector: int, apic_id: int = 0) -> MsiRoute:
     return MsiRoute.fixed(vector, apic_id)
+
+
+def rare(vector: int) -> MsiRoute:
+    """A message with the redirection hint: pushes for the messages of `msi` load none like it."""
+    return MsiRoute(0xFEE00008, vector)
+
+
+def unique(number: int) -> MsiRoute:
+    """An NMI. It has no vector to vary, so pushes for others load none, and one for it loads none."""
+    return MsiRoute(0xFEE00000, 0x400 | number)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -81,11 +98,11 @@ def still_works(guest: Guest) -> None:
 
 
 @contextmanager
-def pushing(partition: Partition, routes: list[IrqFdRoute]) -> Iterator[None]:
-    """Runs two threads that push all the time."""
+def changing(partition: Partition, routes: list[IrqFdRoute]) -> Iterator[None]:
+    """Runs two threads that change routes all the time: each change is a push, or moves them if messages are loaded."""
     stop, errors = threading.Event(), list[BaseException]()
 
-    def push() -> None:
+    def change() -> None:
         turn = 0
         try:
             while not stop.is_set():
@@ -96,7 +113,7 @@ def pushing(partition: Partition, routes: list[IrqFdRoute]) -> Iterator[None]:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=push) for _ in range(2)]
+    threads = [threading.Thread(target=change) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
@@ -190,6 +207,23 @@ def an_owner(backend: Backend, *words: object, fds: tuple[int, ...] = ()) -> Ite
 def collect() -> None:
     """Finalizes all unreachable objects."""
     gc.collect()
+
+
+def places(partition: Partition, routes: list[IrqFdRoute]) -> dict[int, MsiRoute | None]:
+    """The message that the kernel's table has where each armed route is armed, by the route's own GSI."""
+    table = {entry.gsi: entry for entry in partition.routing_table()}
+    at = {route.gsi: table.get(route.armed_gsi or 0) for route in routes if route.armed}
+    return {gsi: MsiRoute(entry.address, entry.data) if entry else None for gsi, entry in at.items()}
+
+
+def messages(partition: Partition) -> dict[int, MsiRoute]:
+    """The kernel's table, by GSI."""
+    return {entry.gsi: MsiRoute(entry.address, entry.data) for entry in partition.routing_table()}
+
+
+def spare_entries(partition: Partition) -> dict[int, MsiRoute]:
+    """The entries of the kernel's table at GSIs that are never handed out."""
+    return {gsi: message for gsi, message in messages(partition).items() if gsi not in partition.gsis}
 
 
 def table_entry(gsi: int, route: MsiRoute) -> RoutingEntry:

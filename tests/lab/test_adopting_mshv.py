@@ -14,7 +14,7 @@ import pytest
 from backends import Backend, MshvGuest
 from mshv_irqfd import IrqFdError, MissingVpError, Partition, RoutingEntry
 from needs import need
-from support import an_owner, msi
+from support import an_owner, counting, msi, spare_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +50,19 @@ def test_an_adopted_partition_receives_the_interrupts_of_its_routes(made: int) -
     guest.close()
 
 
+def test_an_adopted_partition_has_doorbells_and_gets_msis(made: int) -> None:
+    guest = MshvGuest(Partition.from_fd(made, "mshv", vps=1))
+    with guest.partition.ioeventfd(0xD0000000, 4) as doorbell:
+        assert guest.writes(0xD0000000, bytes(4))
+        assert doorbell.consume() == 1
+    assert guest.partition.signal_msi(msi(0x41)) is True
+    guest.receives(msi(0x41))
+    left = guest.partition.ioeventfd(0xD0000000, 4)
+    guest.close()
+    assert left.closed
+    assert not guest.writes(0xD0000000, bytes(4))
+
+
 def test_kept_entries_stay_in_every_push_and_closing_leaves_the_partition_open(made: int) -> None:
     keep = RoutingEntry(5, 0xFEE00000, 0x55)
     with Partition.from_fd(made, "mshv", keep=[keep], vps=1) as partition, partition.new_irqfd_route() as route:
@@ -57,6 +70,21 @@ def test_kept_entries_stay_in_every_push_and_closing_leaves_the_partition_open(m
         assert partition.routing_table() == [keep, RoutingEntry(24, 0xFEE00000, 0x41)]
     # Closing leaves the partition open, so it can be adopted again.
     Partition.from_fd(made, "mshv").close()
+
+
+def test_routes_of_an_adopted_partition_move_among_the_spare_gsis_that_it_is_given(made: int) -> None:
+    spare = range(3000, 3400)
+    guest = MshvGuest(Partition.from_fd(made, "mshv", spare=spare, vps=1))
+    with guest.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        with counting(guest.partition) as delta:
+            route.set_msi(msi(0x51))
+        assert (delta.stats.pushes, delta.stats.hits) == (0, 1)
+        assert route.armed_gsi in spare
+        assert set(spare_entries(guest.partition)) <= {*spare}
+        route.signal()
+        guest.receives(msi(0x51))
+    guest.close()
 
 
 def test_an_adopted_partition_refuses_to_create_vps(made: int) -> None:

@@ -24,7 +24,7 @@ from mshv_irqfd import (
     open_partition,
 )
 from needs import need
-from support import msi, still_works
+from support import msi, places, rare, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,9 +55,16 @@ class Scene:
     def seen(self) -> list[Any]:
         """The whole state that callers can see."""
         partition = self.partition
-        routes = [(route.gsi, route.state, route.masked, route.msi, route.pending) for route in partition.routes]
-        armed = [entry for entry in partition.routing_table() if entry.gsi in (24, 25)]
-        return [routes, armed, [partition.gsi_state(gsi) for gsi in range(24, 32)], partition.vps]
+        routes = [
+            (route.gsi, route.state, route.armed_gsi, route.masked, route.msi, route.pending)
+            for route in partition.routes
+        ]
+        return [
+            routes,
+            places(partition, partition.routes),
+            [partition.gsi_state(gsi) for gsi in range(24, 32)],
+            partition.vps,
+        ]
 
 
 @pytest.fixture
@@ -95,6 +102,7 @@ OPERATIONS: dict[str, Callable[[Scene], object]] = {
     "new route on a caller's eventfd": lambda scene: scene.partition.new_irqfd_route(event=scene.event),
     "enable": lambda scene: scene.routes[3].set_msi(msi(0x70)),
     "retarget": lambda scene: scene.routes[0].set_msi(msi(0x71)),
+    "retarget to a message that is not loaded": lambda scene: scene.routes[0].set_msi(rare(0x71)),
     "unmask": lambda scene: scene.routes[2].unmask(),
     "mask": lambda scene: scene.routes[0].mask(),
     "clear": lambda scene: scene.routes[0].clear_msi(),
@@ -112,14 +120,16 @@ ERRNOS = {
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("quiesce", [True, False])
+@pytest.mark.parametrize(
+    ("quiesce", "preload"), [(True, False), (False, False), (True, True)], ids=["quiesced", "unquiesced", "loaded"]
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_kernel_allocation_that_fails_changes_nothing(
-    make_scene: Callable[..., Scene], operation: str, quiesce: bool
+    make_scene: Callable[..., Scene], operation: str, quiesce: bool, preload: bool
 ) -> None:
     failed = 0
     for number in range(1, LIMIT):
-        scene = make_scene(quiesce=quiesce)
+        scene = make_scene(quiesce=quiesce, preload=preload)
         before = scene.seen()
         error: OSError | None = None
         with kernel_allocation_fails(number) as outcome:
@@ -147,7 +157,15 @@ def test_a_kernel_allocation_that_fails_changes_nothing(
             break
     else:
         pytest.fail(f"{operation} makes more than {LIMIT} allocations")
-    if operation in ("enable", "retarget", "unmask", "batch", "create a VP", "new route"):
+    if operation in (
+        "enable",
+        "retarget",
+        "retarget to a message that is not loaded",
+        "unmask",
+        "batch",
+        "create a VP",
+        "new route",
+    ):
         assert failed > 0, "nothing failed: the test proves nothing"
 
 

@@ -24,7 +24,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 def size() -> tuple[int, int]:
     """The number of runs, and of steps in each."""
-    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "30x30").partition("x")
+    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "40x30").partition("x")
     return int(runs), int(steps)
 
 
@@ -33,7 +33,7 @@ def size() -> tuple[int, int]:
 def test_after_any_steps_a_partition_matches_the_model(name: str) -> None:
     need_faults("kvm" if name == "adopted" else name)
     runs, steps = size()
-    Machine.runs = Machine.steps = Machine.failed = Machine.races = 0
+    Machine.runs = Machine.steps = Machine.failed = Machine.races = Machine.pushes = Machine.hits = 0
     machine: Any = functools.partial(Machine, name)
     run_state_machine_as_test(
         machine,
@@ -47,13 +47,13 @@ def test_after_any_steps_a_partition_matches_the_model(name: str) -> None:
     )
     sys.stdout.write(
         f"{name}: {Machine.runs} runs, {Machine.steps} steps, {Machine.failed} calls failed, "
-        f"{Machine.races} signals raced\n"
+        f"{Machine.races} signals raced, {Machine.pushes} pushes, {Machine.hits} hits\n"
     )
 
 
 def test_a_failing_run_ends_with_a_script_that_replays_it() -> None:
     machine = Machine("simulated")
-    machine.begin(quiesce=None, size=2, any_vp=False, routes=1)
+    machine.begin(quiesce=None, size=2, any_vp=False, loading="all", routes=1)
     machine.change(number=0, action="set_msi", msi=1, racing=True, failures=[("assign_irqfd", 0, 1)])
     machine.model.pushes += 1
     with pytest.raises(AssertionError) as failure:

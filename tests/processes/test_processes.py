@@ -58,13 +58,23 @@ def test_a_child_ends_in_any_way_and_its_parents_interrupts_still_arrive(
     assert told(backend, "children", end) == (expected, complaints)
 
 
-@pytest.mark.parametrize(("end", "status"), [("end", 0), ("exception", 1), ("os._exit", 4), ("SIGKILL", -9)])
-def test_a_child_forked_during_a_push_ends_in_any_way_and_its_parents_interrupts_still_arrive(
-    backend: Backend, end: str, status: int
+@pytest.mark.parametrize(
+    ("what", "end", "status"),
+    [
+        ("pushing", "end", 0),
+        ("pushing", "exception", 1),
+        ("pushing", "os._exit", 4),
+        ("pushing", "SIGKILL", -9),
+        ("moving", "end", 0),
+        ("moving", "SIGKILL", -9),
+    ],
+)
+def test_a_child_forked_during_a_change_ends_in_any_way_and_its_parents_interrupts_still_arrive(
+    backend: Backend, what: str, end: str, status: int
 ) -> None:
     shut_down = [AT_EXIT, LATE] if end in {"end", "exception"} else []
     complaints = ["KeyError"] if end == "exception" else []
-    assert told(backend, "pushing", end) == ([*shut_down, f"pushing {status}"], complaints)
+    assert told(backend, what, end) == ([*shut_down, f"{what} {status}"], complaints)
 
 
 # The objects that children of multiprocessing inherit. DROPPED holds the only references to its own.

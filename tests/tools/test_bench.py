@@ -15,8 +15,8 @@ import pytest
 
 pytest.importorskip("rich", reason='the bench needs its extra: pip install "mshv_irqfd[bench]"')
 
+from mshv_irqfd import MissingVpError, MsiRoute, _core, open_partition
 from mshv_irqfd import _cli as cli
-from mshv_irqfd import _core
 from mshv_irqfd._cli import bench
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.package import Package
@@ -48,14 +48,15 @@ def test_a_quick_run_measures_every_workload_with_every_design(backend: str, tmp
         (routes, workload) for routes in (1, 5) for workload in WORKLOADS
     ]
     for row in run["rows"]:
-        assert set(row["designs"]) == set(designs.of_backend(backend))
+        ran = {name for name in designs.of_backend(backend) if designs.runs(name, row["workload"])}
+        assert set(row["designs"]) == ran
         for summary in row["designs"].values():
             assert 0 <= summary["median_low_ns"] <= summary["median_ns"] <= summary["median_high_ns"]
             assert summary["samples"] >= 2
             assert summary["calls_per_sample"] >= 1
         for ours, ratios in row["ratios"].items():
             assert results.is_ours(ours)
-            assert set(ratios) == {name for name in row["designs"] if not results.is_ours(name)}
+            assert set(ratios) == {name for name in row["designs"] if results.is_compared(ours, name)}
     assert run["machine"]["kernel"] == os.uname().release
     assert run["settings"]["backend"] == backend
 
@@ -73,13 +74,32 @@ def test_any_workload_of_a_python_design_can_follow_any_other(backend: str) -> N
             design.close()
 
 
-def test_one_by_one_the_package_pushes_once_for_every_route_it_brings_up() -> None:
-    package = Package("simulated", 4)
+@pytest.mark.parametrize("workload", ["bring-up", "bring-up-made"])
+@pytest.mark.parametrize(("preload", "pushes"), [(True, 1), (False, 4)])
+def test_a_bring_up_one_by_one_begins_with_an_empty_table(*, workload: str, preload: bool, pushes: int) -> None:
+    package = Package("simulated", 4, preload=preload)
     try:
         for _ in range(3):
-            before = package.partition.stats().pushes
-            package.run("bring-up", 1)
-            assert package.partition.stats().pushes - before == 4
+            package.run(workload, 1)
+            assert package.partition.stats().pushes == pushes
+            assert all(route.armed for route in package.routes)
+    finally:
+        package.close()
+
+
+@pytest.mark.parametrize(("preload", "pushes"), [(True, 0), (False, 20)])
+@pytest.mark.parametrize("workload", ["retarget", "retarget-storm"])
+def test_every_retarget_is_a_push_without_preloading_and_none_is_with_it(
+    *, workload: str, preload: bool, pushes: int
+) -> None:
+    package = Package("simulated", 4, preload=preload)
+    try:
+        package.run(workload, 1)
+        before = package.partition.stats().pushes
+        package.run(workload, 20)
+        # A random MSI may be the one that the route has.
+        made = package.partition.stats().pushes - before
+        assert pushes - 1 <= made <= pushes
     finally:
         package.close()
 
@@ -89,14 +109,14 @@ def test_one_by_one_the_package_pushes_once_for_every_route_it_brings_up() -> No
 def test_a_plot_is_drawn_from_a_run(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"plot.{suffix}"
     # In another process, because numpy keeps threads.
-    arguments = ["bench", "--quick", "--backend", "null", "--workloads", "push", "--plot", str(file)]
+    arguments = ["bench", "--quick", "--backend", "null", "--workloads", "retarget", "--plot", str(file)]
     subprocess.run([sys.executable, "-m", "mshv_irqfd._cli", *arguments], check=True, capture_output=True)
     assert file.read_bytes()[:4] == {"svg": b"<?xm", "png": b"\x89PNG"}[suffix]
 
 
 def test_comparing_tells_slower_rows_from_unchanged_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tmp_path / "a.json"
-    arguments = ["bench", "--quick", "--backend", "null", "--routes", "1", "--workloads", "push,signal"]
+    arguments = ["bench", "--quick", "--backend", "null", "--routes", "1", "--workloads", "retarget,signal"]
     assert cli.main([*arguments, "--json", str(before)]) == 0
     run = results.read(before)
     # Fixed figures of the same shape, without the noise of a measurement.
@@ -120,6 +140,8 @@ def test_comparing_tells_slower_rows_from_unchanged_ones(tmp_path: Path, capsys:
     [
         (["--backend", "xen"], "invalid choice"),
         (["--workloads", "push,pull"], "'pull' is not a workload"),
+        (["--scenarios", "memory,mercury"], "'mercury' is not a scenario"),
+        (["--designs", "floor,ceiling"], "'ceiling' is not a design"),
         (["--routes", "0"], "a number of routes is 1 to"),
         (["--routes", "5000"], "a number of routes is 1 to"),
         (["--routes", "many"], "not a list of numbers"),
@@ -280,5 +302,55 @@ def test_every_scenario_measures_on_a_small_scale(name: str, monkeypatch: pytest
     monkeypatch.setattr(scenarios, "ROUTES", 8)
     found = scenarios.ALL[name]("simulated", 0.01)
     assert found
+    assert len({scenario["what"] for scenario in found}) == len(found)
     for scenario in found:
         assert scenario["low"] <= scenario["value"] <= scenario["high"]
+
+
+def test_the_others_are_signalled_while_one_route_moves() -> None:
+    with open_partition("simulated", vps=4) as partition:
+        *routes, moved = (partition.new_irqfd_route() for _ in range(4))
+        for number, route in enumerate([*routes, moved]):
+            route.set_msi(MsiRoute.fixed(0x41 + number, 0))
+        msis = [MsiRoute.fixed(0x80 + number, number) for number in range(3)]
+        times, late, moves = _core.signal_latencies(routes, moved, msis, 0.05)
+        assert all(time > 0 for time in times)
+        assert late == 0
+        assert moves > 0
+        assert moved.msi in msis
+        assert _core.signal_latencies(routes, None, [], 0.01)[1:] == (0, 0)
+        assert partition.take_interrupts() == []
+        with pytest.raises(ValueError, match="at least one"):
+            _core.signal_latencies([], moved, msis, 0.01)
+        with pytest.raises(MissingVpError):
+            _core.signal_latencies(routes, moved, [MsiRoute.fixed(0x80, 4)], 0.01)
+
+
+@pytest.mark.skipif(not has("kvm"), reason="needs /dev/kvm")
+def test_on_kvm_a_signal_is_in_the_irr_when_its_write_returns() -> None:
+    with open_partition("kvm") as partition:
+        route = partition.new_irqfd_route()
+        route.set_msi(MsiRoute.fixed(0x41, 0))
+        for _ in range(200):
+            os.eventfd_write(route.fileno(), 1)
+            assert [interrupt.vector for interrupt in partition.take_interrupts()] == [0x41]
+
+
+def test_a_run_of_chosen_designs_compares_only_those(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["bench", "--quick", "--backend", "null", "--workloads", "retarget", "--designs", "package,floor moves"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    for row in results.read(file)["rows"]:
+        assert list(row["designs"]) == ["package", "floor moves"]
+        assert list(row["ratios"]["package"]) == ["floor moves"]
+    assert "package / it" in capsys.readouterr().out
+
+
+def test_a_run_without_workloads_measures_the_scenarios_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenarios, "ROUTES", 8)
+    file = tmp_path / "run.json"
+    arguments = ["bench", "--backend", "simulated", "--workloads", "none", "--scenarios", "others", "--seconds", "0.01"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    run = results.read(file)
+    assert run["rows"] == []
+    assert {scenario["name"] for scenario in run["scenarios"]} == {"others"}

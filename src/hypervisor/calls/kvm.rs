@@ -1,22 +1,25 @@
-//! KVM_IRQFD and KVM_SET_GSI_ROUTING.
+//! KVM_IRQFD, KVM_SET_GSI_ROUTING, KVM_IOEVENTFD and KVM_SIGNAL_MSI.
 
 use std::io;
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, KVMIO, kvm_irq_routing,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, KVMIO, kvm_ioeventfd,
+    kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign, kvm_ioeventfd_flag_nr_pio, kvm_irq_routing,
     kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
-    kvm_irqfd,
+    kvm_irqfd, kvm_msi,
 };
 use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
 
-use super::Irqfd;
+use super::{IoEventFd, Irqfd};
 use crate::hypervisor::PIN_GSIS;
 use crate::hypervisor::table::Image;
 
 vmm_sys_util::ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, kvm_irq_routing);
 vmm_sys_util::ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, kvm_irqfd);
+vmm_sys_util::ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
+vmm_sys_util::ioctl_iow_nr!(KVM_SIGNAL_MSI, KVMIO, 0xa5, kvm_msi);
 
 /// An entry of the routing table.
 pub type Entry = kvm_irq_routing_entry;
@@ -68,6 +71,37 @@ pub fn set_gsi_routing(vm: &impl AsRawFd, table: &Image<Entry>) -> io::Result<()
     // SAFETY: an image of this kernel's entries has the layout of `kvm_irq_routing`.
     match unsafe { ioctl_with_ptr(vm, KVM_SET_GSI_ROUTING(), table.as_ptr()) } {
         0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+pub fn ioeventfd(vm: &impl AsRawFd, ioeventfd: IoEventFd) -> io::Result<()> {
+    let argument = kvm_ioeventfd {
+        datamatch: ioeventfd.trigger.datamatch.unwrap_or(0),
+        addr: ioeventfd.trigger.address,
+        len: ioeventfd.trigger.length,
+        fd: ioeventfd.event,
+        flags: ioeventfd.flags(
+            1 << kvm_ioeventfd_flag_nr_datamatch,
+            1 << kvm_ioeventfd_flag_nr_pio,
+            1 << kvm_ioeventfd_flag_nr_deassign,
+        ),
+        ..Default::default()
+    };
+    // SAFETY: the structure that KVM_IOEVENTFD reads.
+    match unsafe { ioctl_with_ref(vm, KVM_IOEVENTFD(), &argument) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Raises an MSI. Returns the number of vCPUs that took it.
+pub fn signal_msi(vm: &impl AsRawFd, address: u64, data: u32) -> io::Result<u32> {
+    let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+    let argument = kvm_msi { address_lo, address_hi, data, ..Default::default() };
+    // SAFETY: the structure that KVM_SIGNAL_MSI reads.
+    match unsafe { ioctl_with_ref(vm, KVM_SIGNAL_MSI(), &argument) } {
+        taken @ 0.. => Ok(taken as u32),
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from mshv_irqfd import GsiState, IrqFdError
-from support import close_as_someone_else, msi, run_python, still_works
+from support import close_as_someone_else, msi, rare, run_python, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ def test_an_eventfd_closed_by_someone_else_gives_ebadf_and_the_rest_works(guest:
 
 
 def test_an_armed_eventfd_closed_by_someone_else_stops_no_push(open_guest: Callable[..., Guest]) -> None:
-    guest = open_guest(quiesce=True)
+    guest = open_guest(quiesce=True, preload=False)
     route, other = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     other.set_msi(msi(0x42))
@@ -47,6 +47,23 @@ def test_an_armed_eventfd_closed_by_someone_else_stops_no_push(open_guest: Calla
     # Closing retries the disarming, which may fail again.
     with suppress(IrqFdError):
         guest.partition.close()
+
+
+def test_an_armed_eventfd_closed_by_someone_else_stops_no_push_that_loads(loaded: Guest) -> None:
+    route, other = loaded.partition.new_irqfd_route(), loaded.partition.new_irqfd_route()
+    other.set_msi(msi(0x42))
+    route.set_msi(msi(0x41))
+    assert route.armed_gsi != route.gsi
+    close_as_someone_else(route.fileno())
+    # A move leaves it alone, a push finds it.
+    other.set_msi(msi(0x43))
+    assert route.state is GsiState.ENABLED
+    other.set_msi(rare(0x44))
+    other.signal()
+    loaded.receives(rare(0x44))
+    assert (route.state, other.state) == (GsiState.BROKEN, GsiState.ENABLED)
+    with suppress(IrqFdError):
+        loaded.partition.close()
 
 
 def test_an_armed_eventfd_closed_by_someone_else_breaks_no_other_route(guest: Guest) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from mshv_irqfd import Batch, EventFd, ForkedError, IrqFdRoute, Partition
-from support import collect, in_child, msi, open_files, pushing, recorded, refusal, still_works, until
+from support import changing, collect, in_child, msi, open_files, recorded, refusal, still_works, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +32,8 @@ def at_work(guest: Guest) -> Iterator[IrqFdRoute]:
 OF_PARTITIONS: dict[str, Callable[[Partition], object]] = {
     "new_irqfd_route": lambda partition: partition.new_irqfd_route(),
     "create_vp": lambda partition: partition.create_vp(1),
+    "signal_msi": lambda partition: partition.signal_msi(msi(0x42)),
+    "ioeventfd": lambda partition: partition.ioeventfd(0xD0000000, 4),
     "batch": lambda partition: partition.batch(),
     "gsi_state": lambda partition: partition.gsi_state(24),
     "routing_table": lambda partition: partition.routing_table(),
@@ -250,7 +252,11 @@ def test_a_child_can_use_its_parents_eventfd_in_its_own_partition(guest: Guest, 
         assert in_child(bring) == "none"
 
 
-def test_forking_while_another_thread_pushes_hangs_neither_child_nor_parent(guest: Guest) -> None:
+@pytest.mark.parametrize("preload", [False, True], ids=["pushes", "moves"])
+def test_forking_while_another_thread_changes_routes_hangs_neither_child_nor_parent(
+    open_guest: Callable[..., Guest], preload: bool
+) -> None:
+    guest = open_guest(preload=preload)
     partition = guest.partition
     routes = [partition.new_irqfd_route() for _ in range(200)]
 
@@ -268,8 +274,8 @@ def test_forking_while_another_thread_pushes_hangs_neither_child_nor_parent(gues
             pass
         return seen
 
-    with pushing(partition, routes):
-        until(lambda: partition.stats().pushes > 0, "the first push is made")
+    with changing(partition, routes):
+        until(lambda: (partition.stats().hits if preload else partition.stats().pushes) > 0, "the first change is made")
         for _ in range(15):
             assert in_child(use) == ["ForkedError"] * 5 + ["none"]
     assert all(route.armed for route in routes)

@@ -9,8 +9,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from modes import in_both_modes
 from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
-from support import PATIENCE, msi, still_works
+from support import PATIENCE, msi, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,10 +62,14 @@ LONG: dict[str, Callable[[Partition, list[IrqFdRoute], int], object]] = {
     "gsi_state": lambda partition, _, __: partition.gsi_state(24),
     "vps": lambda partition, _, __: partition.vps,
     "stats": lambda partition, _, __: partition.stats(),
+    "ioeventfd": lambda partition, _, __: partition.ioeventfd(0xD0000000, 4).close(),
+    # Refused for its destination, under the lock.
+    "signal_msi": lambda partition, _, __: refusal(lambda: partition.signal_msi(msi(0x41, 9))),
 }
 
 
 @pytest.mark.parametrize("operation", LONG.values(), ids=LONG)
+@in_both_modes
 @pytest.mark.usefixtures("unforced")
 def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
     guest: Guest, operation: Callable[[Partition, list[IrqFdRoute], int], object]
@@ -92,6 +97,7 @@ def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
         route.close()
 
 
+@in_both_modes
 @pytest.mark.usefixtures("unforced")
 def test_the_interpreter_runs_on_while_a_batch_is_committed(guest: Guest) -> None:
     routes = [guest.partition.new_irqfd_route() for _ in range(200)]

@@ -18,10 +18,11 @@ from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
+    from collections.abc import Iterable
 
     from rich.console import Console
 
-ROUTES = (1, 16, 64, 256, 1024, 2000, 4000)
+ROUTES = (1, 16, 64, 256, 1024, 2000)
 MOST_ROUTES = 4056
 """KVM's table holds no more beside its pins."""
 QUICK_ROUTES = (1, 16)
@@ -48,7 +49,14 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
         type=_workloads,
         default=list(WORKLOADS),
         metavar="NAME[,NAME...]",
-        help=f"any of {', '.join(WORKLOADS)} (default: all)",
+        help=f"any of {', '.join(WORKLOADS)}, or none (default: all)",
+    )
+    parser.add_argument(
+        "--designs",
+        type=_designs,
+        default=list(designs.MAKERS),
+        metavar="NAME[,NAME...]",
+        help=f"any of {', '.join(designs.MAKERS)} (default: all that the backend has)",
     )
     parser.add_argument(
         "--routes",
@@ -65,11 +73,18 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument(
         "--longest",
         type=_seconds,
-        default=60.0,
+        default=20.0,
         metavar="S",
-        help="skip a workload if a round would take longer than this (default: 60)",
+        help="a design skips a workload if a call would take longer than this (default: 20)",
     )
-    parser.add_argument("--no-scenarios", action="store_true", help=f"skip the scenarios: {', '.join(scenarios.ALL)}")
+    parser.add_argument(
+        "--scenarios",
+        type=_scenarios,
+        default=list(scenarios.ALL),
+        metavar="NAME[,NAME...]",
+        help=f"any of {', '.join(scenarios.ALL)}, or none (default: all)",
+    )
+    parser.add_argument("--no-scenarios", action="store_const", dest="scenarios", const=[], help="skip the scenarios")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test, not a measurement: few routes, few rounds, no scenarios"
     )
@@ -85,10 +100,22 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
 
 
 def _workloads(text: str) -> list[str]:
-    names = text.split(",")
+    return _names(text, "a workload", WORKLOADS)
+
+
+def _scenarios(text: str) -> list[str]:
+    return _names(text, "a scenario", scenarios.ALL)
+
+
+def _designs(text: str) -> list[str]:
+    return _names(text, "a design", designs.MAKERS)
+
+
+def _names(text: str, what: str, known: Iterable[str]) -> list[str]:
+    names = [] if text == "none" else text.split(",")
     for name in names:
-        if name not in WORKLOADS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a workload; choose from {', '.join(WORKLOADS)}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not {what}; choose from {', '.join(known)}")
     return names
 
 
@@ -181,12 +208,13 @@ def run(options: Namespace) -> int:
         seconds=options.seconds if options.seconds is not None else (0.0 if quick else 2.0),
         longest=options.longest,
         rounds=2 if quick else measure.LEAST_ROUNDS,
+        designs=options.designs,
     )
     if _core.DEBUG_BUILD:
         _warn_of_debug_build("this is")
     terminal = report.console()
     try:
-        found = _measure(plan, terminal, with_scenarios=not (quick or options.no_scenarios))
+        found = _measure(plan, terminal, chosen=[] if quick else options.scenarios)
     except (MshvIrqFdError, machine.TooFewDescriptorsError, OSError) as error:
         return _say(str(error))
     report.show(terminal, found)
@@ -201,11 +229,12 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def _measure(plan: measure.Plan, terminal: Console, *, with_scenarios: bool) -> results.Results:
+def _measure(plan: measure.Plan, terminal: Console, chosen: list[str]) -> results.Results:
     from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
     measurement = measure.Measurement(plan)
-    machine.raise_descriptor_limit(max(plan.routes) * len(measurement.designs))
+    if plan.workloads:
+        machine.raise_descriptor_limit(max(plan.routes) * len(measurement.designs))
     rows: list[results.Row] = []
     further: list[results.Scenario] = []
     with report.progress_bar(terminal) as bar:
@@ -215,7 +244,7 @@ def _measure(plan: measure.Plan, terminal: Console, *, with_scenarios: bool) -> 
             bar.update(task, completed=part, description=text)
 
         rows.extend(results.row(cell) for cell in measurement.cells(progress))
-        for name, scenario in scenarios.ALL.items() if with_scenarios else ():
+        for name in chosen:
             bar.update(task, description=name)
-            further += scenario(plan.backend, min(1.0, plan.seconds))
+            further += scenarios.ALL[name](plan.backend, min(1.0, plan.seconds))
     return results.results(plan, rows, further)

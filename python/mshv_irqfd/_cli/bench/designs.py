@@ -29,12 +29,18 @@ class Design(Protocol):
 
 MAKERS: dict[str, Callable[[str, int], Design]] = {
     "package": Package,
-    "package, not quiesced": lambda backend, count: Package(backend, count, quiesce=False),
+    "no preload": lambda backend, count: Package(backend, count, preload=False),
+    "no preload unquiesced": lambda backend, count: Package(backend, count, preload=False, quiesce=False),
     "floor": lambda backend, count: _core.Baseline("floor", backend, count),
-    "floor, quiesced": lambda backend, count: _core.Baseline("floor-quiesced", backend, count),
+    "floor quiesced": lambda backend, count: _core.Baseline("floor-quiesced", backend, count),
+    "floor moves": lambda backend, count: _core.Baseline("floor-move", backend, count),
     "rebuild": lambda backend, count: _core.Baseline("rebuild", backend, count),
     "plain Python": PlainPython,
 }
+OURS = ("package", "no preload", "no preload unquiesced")
+"""The designs that are the package."""
+MOVES = ("bring-up", "bring-up-made", "retarget", "retarget-storm", "retarget-all")
+"""The workloads for which moves are another way."""
 
 
 def of_backend(backend: str) -> list[str]:
@@ -46,3 +52,10 @@ def of_backend(backend: str) -> list[str]:
         # The simulated kernel has no ioctls.
         names.remove("plain Python")
     return names
+
+
+def runs(design: str, workload: str) -> bool:
+    """Whether a design runs a workload. Neither the package with preloading nor the floor with moves makes a `push`."""
+    if design == "package":
+        return workload != "push"
+    return design != "floor moves" or workload in MOVES

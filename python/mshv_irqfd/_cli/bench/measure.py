@@ -23,8 +23,8 @@ LEAST_ROUNDS = 6
 MOST_ROUNDS = 2000
 NOTHING = 1e-3
 """The least denominator of a ratio, in nanoseconds: on the null kernel the floor's calls take no time."""
-GROWS = {"create": 1, "retarget": 1, "mask-unmask": 1, "push": 1, "signal": 0}
-"""The power of the number of routes with which a round grows at worst: 1 for one push and the arming around it; 2 for
+GROWS = {"create": 1, "retarget": 1, "retarget-storm": 1, "mask-unmask": 1, "push": 1, "signal": 0}
+"""The power of the number of routes with which a call grows at worst: 1 for one push and the arming around it; 2 for
 the others, where some design makes such a push for every route."""
 MOST_SPREAD = 0.25
 """The widest interval, to either side and as a share of the ratio, of a ratio that is shown."""
@@ -40,9 +40,11 @@ class Plan:
     seconds: float
     """Seconds for a workload at one number of routes, for all designs together."""
     longest: float
-    """The longest expected round of all designs, in seconds; a workload beyond that is skipped."""
+    """The longest expected call, in seconds; a design does not run a workload beyond that."""
     rounds: int = LEAST_ROUNDS
     """The least number of rounds."""
+    designs: list[str] = field(default_factory=lambda: list(designs.MAKERS))
+    """The designs to run, if the backend has them."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Cell:
     calls: dict[str, int] = field(default_factory=dict)
     """Calls per sample, by design."""
     left_out: str | None = None
-    """The reason for the lack of samples."""
+    """The designs without samples, and the reason."""
 
     def ratio(self, design: str, baseline: str) -> Ratio | None:
         """The ratio of a design to a baseline, from pairs of the same round; None if either has no samples."""
@@ -105,13 +107,13 @@ class Measurement:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.designs = designs.of_backend(plan.backend)
-        self._round_took: dict[str, tuple[int, float]] = {}
+        self.designs = [name for name in designs.of_backend(plan.backend) if name in plan.designs]
+        self._took: dict[tuple[str, str], tuple[int, float]] = {}
 
     def cells(self, progress: Callable[[float, str], None]) -> Iterator[Cell]:
         """Measures; calls `progress` with the completed share of the whole and the name of the current cell."""
         total = len(self.plan.routes) * len(self.plan.workloads)
-        for at, routes in enumerate(self.plan.routes):
+        for at, routes in enumerate(self.plan.routes if self.plan.workloads else ()):
             with ExitStack() as stack:
                 made = {}
                 for name in self.designs:
@@ -126,9 +128,14 @@ class Measurement:
         self, made: dict[str, designs.Design], workload: str, routes: int, progress: Callable[[float], None]
     ) -> Cell:
         cell = Cell(workload, routes)
-        expected = self._expected(workload, routes)
-        if expected > self.plan.longest:
-            cell.left_out = f"a round would take about {expected:.0f} s (--longest)"
+        made = {name: design for name, design in made.items() if designs.runs(name, workload)}
+        expected = {name: self._expected(workload, routes, name) for name in made}
+        too_long = {name: seconds for name, seconds in expected.items() if seconds > self.plan.longest}
+        if too_long:
+            names = ", ".join(f"{name} (about {seconds:.1f} s)" for name, seconds in too_long.items())
+            cell.left_out = f"{names}: a call would take longer than --longest"
+            made = {name: design for name, design in made.items() if name not in too_long}
+        if not made:
             return cell
         progress(0.0)
         enabled = gc.isenabled()
@@ -141,15 +148,14 @@ class Measurement:
                 if took < SAMPLE:
                     took = max(1, design.run(workload, 10) // 10)
                     cell.calls[name] = min(MOST_CALLS, max(1, SAMPLE // took))
-            self._round_took[workload] = routes, self._rounds(cell, made, progress)
+            self._rounds(cell, made, progress)
         finally:
             if enabled:
                 gc.enable()
         return cell
 
-    def _rounds(self, cell: Cell, made: dict[str, designs.Design], progress: Callable[[float], None]) -> float:
-        """Fills a cell with samples, and returns the duration of the quickest round in seconds."""
-        quickest = math.inf
+    def _rounds(self, cell: Cell, made: dict[str, designs.Design], progress: Callable[[float], None]) -> None:
+        """Fills a cell with samples."""
         cell.samples = {name: [] for name in made}
         names = list(made)
         begun = perf_counter_ns()
@@ -166,10 +172,10 @@ class Measurement:
                     # Untimed: the caches hold the data of the previous design, which is always the same one.
                     made[name].run(cell.workload, 1)
                 cell.samples[name].append(made[name].run(cell.workload, calls) / calls)
-            quickest = min(quickest, (perf_counter_ns() - begun) / 1e9 - elapsed)
-        return quickest
+        for name, samples in cell.samples.items():
+            self._took[cell.workload, name] = cell.routes, min(samples) / 1e9
 
-    def _expected(self, workload: str, routes: int) -> float:
-        """The longest duration of a round, in seconds, estimated from the last number of routes."""
-        before, took = self._round_took.get(workload, (routes, 0.0))
+    def _expected(self, workload: str, routes: int, design: str) -> float:
+        """The longest duration of a call, in seconds, estimated from the last number of routes."""
+        before, took = self._took.get((workload, design), (routes, 0.0))
         return took * (routes / before) ** GROWS.get(workload, 2)

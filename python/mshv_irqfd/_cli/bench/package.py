@@ -7,31 +7,41 @@ from typing import TYPE_CHECKING
 
 from mshv_irqfd import MsiRoute, SimulatedPartition, _core, open_partition
 from mshv_irqfd._cli.bench.timed import Timed
-from mshv_irqfd._cli.bench.workloads import FIRST_GSI, Standing, vector
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, Standing, storm, vector
 
 if TYPE_CHECKING:
-    from mshv_irqfd import IrqFdRoute
+    from mshv_irqfd import IrqFdRoute, Partition
 
 TIMEOUT = 60.0
+BRING_UPS = ("bring-up", "bring-up-made", "bring-up-batch")
+"""The workloads that begin on a new partition, whose kernel has no table yet."""
 
 
 class Package(Timed):
     """Routes of this package on one partition."""
 
-    def __init__(self, backend: str, count: int, *, quiesce: bool | None = None) -> None:
+    def __init__(self, backend: str, count: int, *, preload: bool = True, quiesce: bool | None = None) -> None:
         super().__init__()
         self.count = count
         gsis = range(FIRST_GSI, FIRST_GSI + max(count, 2048))
-        self.partition = (
-            _core.null_partition(gsis) if backend == "null" else open_partition(backend, gsis=gsis, quiesce=quiesce)
-        )
+
+        def make() -> Partition | _core.Partition:
+            if backend == "null":
+                return _core.null_partition(gsis, preload=preload)
+            return open_partition(backend, gsis=gsis, vps=VPS, quiesce=quiesce, preload=preload)
+
+        self._open = make
+        self.partition = make()
         self.routes: list[IrqFdRoute] = []
         self.msis = [[MsiRoute.fixed(vector(index, turn=turn), 0) for index in range(count)] for turn in (False, True)]
         self.middle = count // 2
+        self.storm = cycle([(index, MsiRoute.fixed(number, vp)) for index, number, vp in storm(count)])
         self.steps = {
             "create": self._create,
             "bring-up": self._bring_up,
+            "bring-up-made": self._bring_up_made,
             "bring-up-batch": self._set_all,
+            "retarget-storm": self._retarget_storm,
             "retarget-all": self._set_all,
             "tear-down": self._tear_down,
         }
@@ -41,13 +51,19 @@ class Package(Timed):
         self.routes = [new() for _ in range(self.count)]
 
     def _bring_up(self) -> None:
-        # New MSIs: entries of closed routes stay in the kernel until the next push, and the same MSI needs no push.
-        self.turn = not self.turn
         new = self.partition.new_irqfd_route
         for msi in self.msis[self.turn]:
             route = new()
             self.routes.append(route)
             route.set_msi(msi)
+
+    def _bring_up_made(self) -> None:
+        for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
+            route.set_msi(msi)
+
+    def _retarget_storm(self) -> None:
+        index, msi = next(self.storm)
+        self.routes[index].set_msi(msi)
 
     def _set_all(self) -> None:
         self.turn = not self.turn
@@ -88,11 +104,23 @@ class Package(Timed):
 
             self.steps["signal"] = delivered
 
+    def _renew(self) -> None:
+        """Opens another partition: the kernel's table of this one has what a bring-up is to push."""
+        self.partition.close()
+        self.routes = []
+        self.partition = self._open()
+        self.standing = Standing.NOTHING
+
     def run(self, workload: str, calls: int) -> int:
         """Runs a workload, without the closed routes of an earlier one."""
-        if self.standing == Standing.NOTHING:
-            self.routes = []
-        return super().run(workload, calls)
+        total = 0
+        for _ in range(calls if workload in BRING_UPS else 1):
+            if workload in BRING_UPS:
+                self._renew()
+            if self.standing == Standing.NOTHING:
+                self.routes = []
+            total += super().run(workload, 1 if workload in BRING_UPS else calls)
+        return total
 
     def _arrange(self, standing: Standing) -> None:
         if standing == Standing.NOTHING:
@@ -101,14 +129,12 @@ class Package(Timed):
             return
         if self.standing == Standing.NOTHING:
             self._create()
+        if standing == Standing.MADE:
+            return
         others = [route for index, route in enumerate(self.routes) if index != self.middle]
         with self.partition.batch() as batch:
-            if standing == Standing.MADE:
-                for route in self.routes:
-                    batch.clear_msi(route)
-            else:
-                for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
-                    batch.set_msi(route, msi)
+            for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
+                batch.set_msi(route, msi)
             for route in others:
                 batch.unmask(route)
         if standing == Standing.QUIET:

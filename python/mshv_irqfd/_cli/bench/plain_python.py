@@ -6,16 +6,19 @@ import fcntl
 import os
 import struct
 from contextlib import suppress
+from itertools import cycle
 from typing import TYPE_CHECKING, Protocol
 
 from mshv_irqfd import open_partition
 from mshv_irqfd._cli.bench.timed import Timed
-from mshv_irqfd._cli.bench.workloads import FIRST_GSI, Standing, vector
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, Standing, storm, vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ADDRESS = 0xFEE00000
+Msi = tuple[int, int]
+"""Address and data."""
 
 
 class Kernel(Protocol):
@@ -23,7 +26,7 @@ class Kernel(Protocol):
 
     fixed: bytes
     fixed_count: int
-    pack_entry: Callable[[int, int], bytes]
+    pack_entry: Callable[[int, Msi], bytes]
 
     def push(self, table: bytes) -> object:
         """Pushes a routing table."""
@@ -43,7 +46,9 @@ class KvmIoctls:
         self.vm = vm
         msi = struct.Struct("<IIIIIIII16x").pack
         pin = struct.Struct("<IIIIII24x").pack
-        self.pack_entry: Callable[[int, int], bytes] = lambda gsi, data: msi(gsi, self.MSI, 0, 0, ADDRESS, 0, data, 0)
+        self.pack_entry: Callable[[int, Msi], bytes] = lambda gsi, message: msi(
+            gsi, self.MSI, 0, 0, message[0], 0, message[1], 0
+        )
         pics = [pin(gsi, self.IRQCHIP, 0, 0, gsi // 8, gsi % 8) for gsi in range(16)]
         ioapic = [pin(gsi, self.IRQCHIP, 0, 0, 2, gsi) for gsi in range(24)]
         self.fixed = b"".join(pics + ioapic)
@@ -70,7 +75,7 @@ class MshvIoctls:
     def __init__(self, vm: int) -> None:
         self.vm = vm
         pack = struct.Struct("<IIII").pack
-        self.pack_entry: Callable[[int, int], bytes] = lambda gsi, data: pack(gsi, ADDRESS, 0, data)
+        self.pack_entry: Callable[[int, Msi], bytes] = lambda gsi, msi: pack(gsi, msi[0], 0, msi[1])
 
     def push(self, table: bytes) -> object:
         """Pushes a routing table."""
@@ -100,17 +105,22 @@ class PlainPython(Timed):
         super().__init__()
         self.count = count
         # Only the descriptor of this partition is used.
-        self.partition = None if backend == "null" else open_partition(backend)
+        self.partition = None if backend == "null" else open_partition(backend, vps=VPS)
         ioctls: dict[str, Callable[[int], Kernel]] = {"mshv": MshvIoctls, "kvm": KvmIoctls, "null": NoIoctls}
         self.kernel = ioctls[backend](-1 if self.partition is None else self.partition.fileno())
-        self.table: dict[int, int] = {}
+        self.table: dict[int, Msi] = {}
         self.events: list[int] = []
         self.middle = count // 2
+        self.storm = cycle(
+            [(FIRST_GSI + index, (ADDRESS | vp << 12, number)) for index, number, vp in storm(count)],
+        )
         self.steps = {
             "create": self._create,
             "bring-up": self._bring_up,
+            "bring-up-made": self._bring_up_made,
             "bring-up-batch": self._bring_up_batch,
             "retarget": self._retarget,
+            "retarget-storm": self._retarget_storm,
             "retarget-all": self._retarget_all,
             "mask-unmask": self._mask_unmask,
             "push": self._retarget,
@@ -134,12 +144,19 @@ class PlainPython(Timed):
     def _bring_up(self) -> None:
         for index in range(self.count):
             self.events.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-            self.table[FIRST_GSI + index] = vector(index, turn=False)
-            self._push()
-            self._arm(index)
+            self._route_and_arm(index)
+
+    def _bring_up_made(self) -> None:
+        for index in range(self.count):
+            self._route_and_arm(index)
+
+    def _route_and_arm(self, index: int) -> None:
+        self.table[FIRST_GSI + index] = ADDRESS, vector(index, turn=False)
+        self._push()
+        self._arm(index)
 
     def _set_all(self) -> None:
-        self.table = {FIRST_GSI + index: vector(index, turn=self.turn) for index in range(self.count)}
+        self.table = {FIRST_GSI + index: (ADDRESS, vector(index, turn=self.turn)) for index in range(self.count)}
 
     def _bring_up_batch(self) -> None:
         self._set_all()
@@ -149,7 +166,11 @@ class PlainPython(Timed):
 
     def _retarget(self) -> None:
         self.turn = not self.turn
-        self.table[FIRST_GSI + self.middle] = vector(self.middle, turn=self.turn)
+        self.table[FIRST_GSI + self.middle] = ADDRESS, vector(self.middle, turn=self.turn)
+        self._push()
+
+    def _retarget_storm(self) -> None:
+        gsi, self.table[gsi] = next(self.storm)
         self._push()
 
     def _retarget_all(self) -> None:

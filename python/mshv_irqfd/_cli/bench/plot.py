@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 STYLES = {
     "package": ("black", "-", "o"),
-    "package, not quiesced": ("black", "--", "o"),
+    "no preload": ("black", "--", "o"),
+    "no preload unquiesced": ("black", "-.", "o"),
     "floor": ("0.45", "-", "_"),
-    "floor, quiesced": ("0.45", "--", "|"),
+    "floor quiesced": ("0.45", "--", "|"),
+    "floor moves": ("0.45", ":", "x"),
     "rebuild": ("black", ":", "s"),
     "plain Python": ("0.45", "-.", "^"),
 }

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mshv_irqfd._cli.bench.designs import OURS
 from mshv_irqfd._cli.bench.measure import MOST_SPREAD, Ratio
-from mshv_irqfd._cli.bench.results import is_ours
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
-    from mshv_irqfd._cli.bench.results import Compared, Results, Row, Summary
+    from mshv_irqfd._cli.bench.results import Compared, Results, Row
 
 WIDTH = 200
 """Columns if the output is not a terminal."""
@@ -55,29 +55,22 @@ def ratio(found: Compared) -> str:
     return f"{shown} ±{100 * value.spread:.0f}%"
 
 
-def _times(summary: Summary) -> str:
-    return f"{time(summary['median_ns'])}"
-
-
 def table(workload: str, rows: list[Row]) -> Table:
-    """The rows of one workload."""
+    """The rows of one workload: a line for each design, with the ratios of the package's designs to it."""
     shown = Table(title=f"{workload}: {WORKLOADS[workload]}", title_justify="left")
-    baselines = list(dict.fromkeys(name for row in rows for name in row["designs"] if not is_ours(name)))
+    ours = [name for name in OURS if any(name in row["ratios"] for row in rows)]
     shown.add_column("routes", justify="right")
     shown.add_column("design")
-    for heading in ("median", "p99", *(text for name in baselines for text in (name, "ratio"))):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("median", "p99", *(f"{name} / it" for name in ours)):
+        shown.add_column(heading, justify="right")
     for row in rows:
+        for name, summary in row["designs"].items():
+            cells = [str(row["routes"]), name, time(summary["median_ns"]), time(summary["p99_ns"])]
+            found = (row["ratios"].get(our, {}).get(name) for our in ours)
+            shown.add_row(*cells, *(ratio(compared) if compared else "" for compared in found))
         if row["left_out"]:
             shown.add_row(str(row["routes"]), f"skipped: {row['left_out']}")
-        for name, summary in row["designs"].items():
-            if not is_ours(name):
-                continue
-            cells = [str(row["routes"]), name, time(summary["median_ns"]), time(summary["p99_ns"])]
-            for baseline in baselines:
-                other = row["designs"].get(baseline)
-                cells += [_times(other), ratio(row["ratios"][name][baseline])] if other else ["", ""]
-            shown.add_row(*cells)
+        shown.add_section()
     return shown
 
 
@@ -89,8 +82,9 @@ def show(terminal: Console, run: Results) -> None:
         f"load {machine['load']}; mshv_irqfd {machine['mshv_irqfd']}, {machine['python']}"
     )
     terminal.print(
-        "A ratio is the package's time divided by the baseline's in the same round: the median over the rounds, with "
-        f"its 95 % interval. A dash stands for an interval wider than ±{100 * MOST_SPREAD:.0f} %.\n"
+        "A ratio is the time of a design of the package divided by that of the line's design in the same round: the "
+        f"median over the rounds, with its 95 % interval. A dash stands for an interval wider than "
+        f"±{100 * MOST_SPREAD:.0f} %.\n"
     )
     for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
         terminal.print(table(workload, [row for row in run["rows"] if row["workload"] == workload]))

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypedDict
 
-from mshv_irqfd._cli.bench import machine
+from mshv_irqfd._cli.bench import designs, machine
 from mshv_irqfd._cli.bench.measure import interval
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Row(TypedDict):
     left_out: str | None
     designs: dict[str, Summary]
     ratios: dict[str, dict[str, Compared]]
-    """By design of the package, then by baseline."""
+    """By design of the package, then by the design that it is compared with."""
 
 
 class Scenario(TypedDict):
@@ -95,7 +95,7 @@ def row(cell: Cell) -> Row:
             ratios[name] = {
                 other: compared(ratio)
                 for other in cell.samples
-                if not is_ours(other) and (ratio := cell.ratio(name, other)) is not None
+                if is_compared(name, other) and (ratio := cell.ratio(name, other)) is not None
             }
     return {
         "workload": cell.workload,
@@ -108,7 +108,12 @@ def row(cell: Cell) -> Row:
 
 def is_ours(design: str) -> bool:
     """Whether a design is the package, not a baseline."""
-    return design.startswith("package")
+    return design in designs.OURS
+
+
+def is_compared(design: str, other: str) -> bool:
+    """Whether a design of the package is compared with another: each with every baseline, the first with the rest."""
+    return not is_ours(other) or (design == designs.OURS[0] != other)
 
 
 def results(plan: Plan, rows: list[Row], scenarios: list[Scenario]) -> Results:

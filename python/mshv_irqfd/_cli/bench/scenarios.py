@@ -1,4 +1,4 @@
-"""Measurements other than the latency of one call: many partitions, many threads, a busy interpreter, memory."""
+"""Measurements other than the latency of one call: partitions, threads, other routes, a busy interpreter, memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean, median, quantiles
 from time import perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MsiRoute, _core, open_partition
 from mshv_irqfd._cli.bench import machine
 from mshv_irqfd._cli.bench.measure import interval
-from mshv_irqfd._cli.bench.workloads import FIRST_GSI, vector
+from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,8 @@ PARTITIONS = 64
 ROUTES_EACH = 16
 THREADS = 8
 ROUNDS = 7
+SHORT = 3
+"""The factor by which rounds are more and shorter where the tails of latencies are compared."""
 ROUTES = 2000
 MEASURED = 4
 """The number of partitions whose memory is measured."""
@@ -32,9 +35,11 @@ PR_SET_THP_DISABLE = 41
 """linux/prctl.h."""
 
 
-def _open(backend: str, count: int) -> _core.Partition:
+def _open(backend: str, count: int, *, preload: bool = True) -> _core.Partition:
     gsis = range(FIRST_GSI, FIRST_GSI + max(count, 1))
-    return _core.null_partition(gsis) if backend == "null" else open_partition(backend, gsis=gsis)
+    if backend == "null":
+        return _core.null_partition(gsis, preload=preload)
+    return open_partition(backend, gsis=gsis, vps=VPS, preload=preload)
 
 
 def _bring_up(partition: _core.Partition, count: int) -> list[_core.IrqFdRoute]:
@@ -104,7 +109,7 @@ def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
 
 
 def threads(backend: str, seconds: float) -> list[Scenario]:
-    """The rate of pushes to one partition, from one thread and from many."""
+    """The rate of retargets on one partition, from one thread and from many."""
     sums: list[float] = []
     slowest: list[float] = []
     with _open(backend, ROUTES) as partition:
@@ -131,14 +136,14 @@ def _turns(seconds: float) -> float:
 
 
 def responsiveness(backend: str, seconds: float) -> list[Scenario]:
-    """The speed of a Python thread while another's pushes are in the kernel."""
+    """The speed of a Python thread while another's retargets are in the kernel."""
     shares: list[float] = []
     with _open(backend, ROUTES) as partition:
         routes = _bring_up(partition, ROUTES)
         route = routes[ROUTES // 2]
         msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (False, True)]
 
-        def push(stop: threading.Event) -> None:
+        def retarget(stop: threading.Event) -> None:
             while not stop.is_set():
                 for msi in msis:
                     route.set_msi(msi)
@@ -146,13 +151,70 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
         for _ in range(ROUNDS):
             alone = _turns(seconds)
             stop = threading.Event()
-            thread = threading.Thread(target=push, args=(stop,))
+            thread = threading.Thread(target=retarget, args=(stop,))
             thread.start()
             shares.append(_turns(seconds) / alone)
             stop.set()
             thread.join()
     what = f"a thread's speed in Python while another retargets at {ROUTES} routes"
     return [_scenario("responsiveness", what, shares, "of its speed alone")]
+
+
+def others(backend: str, seconds: float) -> list[Scenario]:
+    """The latency of signals on routes that nobody touches while one route moves without pause in another thread.
+
+    It is compared with the latency while no thread moves a route, and while the thread moves one of another partition,
+    which occupies a CPU in the same way.
+    """
+    if backend == "null":
+        # Nothing is delivered.
+        return []
+    machine.raise_descriptor_limit(4 * ROUTES)
+    found: list[Scenario] = []
+    for name, preload in (("package", True), ("no preload", False)):
+        with _open(backend, ROUTES, preload=preload) as partition, _open(backend, ROUTES, preload=preload) as another:
+            here, elsewhere = _bring_up(partition, ROUTES), _bring_up(another, ROUTES)
+            found += _others(name, here, elsewhere[ROUTES // 2], seconds)
+    return found
+
+
+def _others(design: str, routes: list[_core.IrqFdRoute], elsewhere: _core.IrqFdRoute, seconds: float) -> list[Scenario]:
+    moves = {"nobody": None, "elsewhere": elsewhere, "here": routes[ROUTES // 2]}
+    signalled = [route for route in routes if route is not moves["here"]]
+    msis = [MsiRoute.fixed(vector(ROUTES // 2, turn=turn), 0) for turn in (True, False)]
+    statistics: dict[str, Callable[[list[int]], float]] = {"median": median, "p99": _percentile_99, "mean": fmean}
+    found: dict[str, dict[str, list[float]]] = {statistic: {name: [] for name in moves} for statistic in statistics}
+    late_of: list[float] = []
+    rates: list[float] = []
+    for turn in range(SHORT * ROUNDS):
+        names = list(moves)
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            times, late, moved = _core.signal_latencies(signalled, moves[name], msis, seconds / SHORT)
+            for statistic, of in statistics.items():
+                found[statistic][name].append(of(times) / 1e3)
+            if name == "here":
+                late_of.append(100 * late / len(times))
+                rates.append(moved / seconds * SHORT)
+    what = f"{design}: signals on the others of {ROUTES} routes"
+    rows = [
+        _scenario("others", f"{what}, nobody moves: {statistic} latency", found[statistic]["nobody"], "us")
+        for statistic in ("median", "p99")
+    ]
+    for statistic, by in found.items():
+        for name, against in (("nobody", "nobody moves"), ("elsewhere", "one moves in another partition")):
+            ratios = [here / there for here, there in zip(by["here"], by[name], strict=True)]
+            rows.append(
+                _scenario("others", f"{what}, one moves: {statistic} latency, to that while {against}", ratios, "")
+            )
+    return [
+        *rows,
+        _scenario("others", f"{what}, one moves: share of late ones, whose route was disarmed", late_of, "%"),
+        _scenario("others", f"{what}, one moves: its moves", rates, "/s"),
+    ]
+
+
+def _percentile_99(values: list[int]) -> float:
+    return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
 def memory(backend: str, seconds: float) -> list[Scenario]:
@@ -189,6 +251,7 @@ def _print_memory(backend: str) -> None:
 ALL: dict[str, Callable[[str, float], list[Scenario]]] = {
     "partitions": partitions,
     "threads": threads,
+    "others": others,
     "responsiveness": responsiveness,
     "memory": memory,
 }

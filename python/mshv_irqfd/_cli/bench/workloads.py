@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from enum import Enum
 
 FIRST_GSI = 24
+VPS = 4
+"""The number of VPs of every design's partition."""
+STORM = 4093
+"""The number of random retargets after which they repeat: a prime, so that no cycle of a design fits into it."""
 WORKLOADS = {
     "create": "routes created, without an MSI",
     "bring-up": "routes created, routed and armed, one by one",
+    "bring-up-made": "existing routes, routed and armed, one by one",
     "bring-up-batch": "existing routes, routed and armed in one batch",
     "retarget": "one route moved to another vector",
+    "retarget-storm": "one random route moved to a random vector of a random VP",
     "retarget-all": "all routes moved to other vectors in one batch",
     "mask-unmask": "one route masked and unmasked",
     "push": "the table pushed while a single route is armed",
@@ -31,6 +38,7 @@ class Standing(Enum):
 BEGINS = {
     "create": Standing.NOTHING,
     "bring-up": Standing.NOTHING,
+    "bring-up-made": Standing.MADE,
     "bring-up-batch": Standing.MADE,
     "push": Standing.QUIET,
 }
@@ -38,6 +46,7 @@ BEGINS = {
 ENDS = {
     "create": Standing.MADE,
     "bring-up": Standing.ARMED,
+    "bring-up-made": Standing.ARMED,
     "bring-up-batch": Standing.ARMED,
     "push": Standing.QUIET,
     "tear-down": Standing.NOTHING,
@@ -53,3 +62,9 @@ def is_repeatable(workload: str) -> bool:
 def vector(index: int, *, turn: bool) -> int:
     """The vector of a route; `turn` alternates between its two vectors."""
     return 0x30 + index % 64 + (64 if turn else 0)
+
+
+def storm(count: int) -> list[tuple[int, int, int]]:
+    """Random retargets of `count` routes, the same in every run: the index of a route, a vector and a VP."""
+    chosen = random.Random(count)  # noqa: S311 -- not for cryptography
+    return [(chosen.randrange(count), 0x30 + chosen.randrange(128), chosen.randrange(VPS)) for _ in range(STORM)]

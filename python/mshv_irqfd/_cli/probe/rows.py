@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mshv_irqfd._cli.probe.finding import UNSEEN, Finding
-from mshv_irqfd._cli.probe.scene import ACCEPTED, ADDRESS, GSI, MSI, PATIENCE, VECTOR, Scene, tried
+from mshv_irqfd._cli.probe.scene import ACCEPTED, ADDRESS, GSI, MSI, OTHER, PATIENCE, VECTOR, Scene, tried
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 RACES: Final = 300
 ONE_ON_MSHV: Final = f"{VECTOR:#04x} to APIC 0; counter 0"
 ONE_ON_KVM: Final = f"{VECTOR:#04x}; counter 0"
+OTHER_ON_MSHV: Final = f"{OTHER[2]:#04x} to APIC 0; counter 0"
+OTHER_ON_KVM: Final = f"{OTHER[2]:#04x}; counter 0"
 NOTHING: Final = "nothing; counter 0"
 BOGUS: Final = "0x00 to APIC 0; counter 0"
 
@@ -147,6 +149,16 @@ def _(scene: Scene) -> str:
     return tried(lambda: scene.partition.set_routing([(4095, ADDRESS, VECTOR)]))
 
 
+@row("GSI 4095 armed and routed, signal", mshv=ONE_ON_MSHV, kvm=ONE_ON_KVM)
+def _(scene: Scene) -> str:
+    return scene.signalled(scene.armed(4095, [(4095, ADDRESS, VECTOR)]))
+
+
+@row("4096 MSI entries, GSI 0 to 4095", mshv=ACCEPTED, kvm=None)
+def _(scene: Scene) -> str:
+    return tried(lambda: scene.partition.set_routing([(gsi, ADDRESS, VECTOR) for gsi in range(4096)]))
+
+
 @row("an MSI on the GSI of an IOAPIC pin", mshv=None, kvm="EINVAL")
 def _(scene: Scene) -> str:
     return tried(lambda: scene.partition.set_routing([(3, ADDRESS, VECTOR)]))
@@ -176,10 +188,58 @@ def _(scene: Scene) -> str:
 @row("two eventfds on one GSI, both signalled", mshv=f"{ONE_ON_MSHV} twice", kvm=f"{ONE_ON_KVM} twice")
 def _(scene: Scene) -> str:
     first, second = scene.armed(), scene.armed()
-    outcomes = [scene.signalled(first), scene.signalled(second)]
-    if UNSEEN in outcomes:
+    return _both(scene.signalled(first), scene.signalled(second))
+
+
+def _both(first: str, second: str) -> str:
+    """Joins two results."""
+    if UNSEEN in (first, second):
         return UNSEEN
-    return f"{outcomes[0]} twice" if outcomes[0] == outcomes[1] else " and ".join(outcomes)
+    return f"{first} twice" if first == second else f"{first}, then {second}"
+
+
+@row(
+    "two eventfds on one GSI, the first one disarmed, both signalled",
+    mshv=f"nothing; counter 1, then {ONE_ON_MSHV}",
+    kvm=f"nothing; counter 1, then {ONE_ON_KVM}",
+)
+def _(scene: Scene) -> str:
+    first, second = scene.armed(), scene.armed(table=[])
+    scene.partition.irqfd(first, GSI, deassign=True)
+    return _both(scene.signalled(first), scene.signalled(second))
+
+
+@row("armed at an entry that 50 pushes left alone, signal", mshv=OTHER_ON_MSHV, kvm=OTHER_ON_KVM)
+def _(scene: Scene) -> str:
+    scene.armed(table=[MSI, OTHER])
+    for change in range(50):
+        scene.partition.set_routing([MSI, OTHER, *((GSI + 2 + n, ADDRESS, VECTOR + change) for n in range(change))])
+    return scene.signalled(scene.armed(OTHER[0], table=[]))
+
+
+@row(
+    "one GSI armed, the entry of another replaced, signal; then the other armed, signal",
+    mshv=f"{ONE_ON_MSHV}, then {OTHER_ON_MSHV}",
+    kvm=f"{ONE_ON_KVM}, then {OTHER_ON_KVM}",
+)
+def _(scene: Scene) -> str:
+    event = scene.armed(table=[MSI, (OTHER[0], ADDRESS, 0x77)])
+    scene.partition.set_routing([MSI, OTHER])
+    return _both(scene.signalled(event), scene.signalled(scene.armed(OTHER[0], table=[])))
+
+
+@row(
+    "disarmed, a signal, armed at another GSI",
+    mshv=f"{OTHER[2]:#04x} to APIC 0; counter 1",
+    kvm=f"{OTHER[2]:#04x}; counter 1",
+)
+def _(scene: Scene) -> str:
+    event = scene.armed(table=[MSI, OTHER])
+    scene.arrived()
+    scene.partition.irqfd(event, GSI, deassign=True)
+    os.eventfd_write(event, 1)
+    scene.partition.irqfd(event, OTHER[0])
+    return scene.after(event, patient=True)
 
 
 @row("an irqfd on a closed descriptor", mshv="EBADF", kvm="EBADF")
@@ -227,10 +287,8 @@ def _(scene: Scene) -> str:
     return f"all of {RACES}" if in_time == RACES else f"{in_time} of {RACES}"
 
 
-@row("one signal concurrent with the arming of its route", mshv="never lost", kvm="never lost")
-def _(scene: Scene) -> str:
-    scene.partition.set_routing([MSI])
-    event = scene.event()
+def _race(scene: Scene, event: int, act: Callable[[], object], after: Callable[[], object]) -> str:
+    """Acts while another thread signals once, many times over, and counts the signals that raise no interrupt."""
     go, gone = threading.Semaphore(0), threading.Semaphore(0)
 
     def signaller() -> None:
@@ -245,7 +303,7 @@ def _(scene: Scene) -> str:
     for _ in range(RACES):
         scene.arrived()
         go.release()
-        scene.partition.irqfd(event, GSI)
+        act()
         gone.acquire()
         end = time.monotonic() + PATIENCE
         arrived = scene.arrived()
@@ -253,11 +311,37 @@ def _(scene: Scene) -> str:
             arrived = scene.arrived()
         seen = seen and arrived is not None
         lost += arrived == []
-        scene.partition.irqfd(event, GSI, deassign=True)
+        after()
     thread.join()
     if not seen:
         return UNSEEN
     return f"lost {lost} times" if lost else "never lost"
+
+
+@row("one signal concurrent with the arming of its route", mshv="never lost", kvm="never lost")
+def _(scene: Scene) -> str:
+    scene.partition.set_routing([MSI])
+    event = scene.event()
+    return _race(
+        scene,
+        event,
+        lambda: scene.partition.irqfd(event, GSI),
+        lambda: scene.partition.irqfd(event, GSI, deassign=True),
+    )
+
+
+@row("one signal concurrent with a move to another GSI (disarmed, armed there)", mshv="never lost", kvm="never lost")
+def _(scene: Scene) -> str:
+    event = scene.armed(table=[MSI, OTHER])
+    gsis = [GSI, OTHER[0]]
+
+    def move() -> None:
+        scene.partition.irqfd(event, gsis[0], deassign=True)
+        scene.partition.irqfd(event, gsis[1])
+        gsis.reverse()
+
+    # KVM may still be delivering the signal once more. The second move waits for that.
+    return _race(scene, event, move, move)
 
 
 @row("a resample irqfd on an edge-triggered route", mshv="EINVAL", kvm=ACCEPTED)

@@ -20,6 +20,7 @@ GSI: Final = 24
 ADDRESS: Final = 0xFEE00000
 VECTOR: Final = 0x41
 MSI: Final = (GSI, ADDRESS, VECTOR)
+OTHER: Final = (3000, ADDRESS, 0x42)
 PATIENCE: Final = 10.0
 """Seconds after which an interrupt that KVM may still be delivering counts as lost."""
 RECORD: Final = struct.Struct("=QQQII")
@@ -56,7 +57,7 @@ class Scene:
         return event
 
     def armed(self, gsi: int = GSI, table: list[tuple[int, int, int]] | None = None) -> int:
-        """Pushes a table (by default, one entry for GSI 24) and returns a new eventfd, armed on a GSI."""
+        """Pushes a table (by default, one entry for GSI 24) unless it is empty, and arms a new eventfd on a GSI."""
         if table is None:
             table = [MSI]
         if table:
