@@ -17,7 +17,7 @@ STORM := tests/model/test_storm.py
 SOAK_WALKS ?= 100000
 # Seconds for each fuzz target.
 FUZZ_SECONDS ?= 120
-FUZZ_TARGETS := msi fdinfo table operations
+FUZZ_TARGETS := msi fdinfo table operations msix
 # Threads that run each test at once.
 PARALLEL_THREADS ?= 4
 

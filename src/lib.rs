@@ -2,7 +2,8 @@
 //!
 //! [`irqfd`] is the core: [`Partition::open`](irqfd::Partition::open) or [`adopt`](irqfd::Partition::adopt) a
 //! partition, make routes, change them one by one or in a [`Batch`](irqfd::Batch), and observe the interrupts where the
-//! kernel reports them. [`hypervisor`] has the kernels behind it, [`instruments`] measures and probes them.
+//! kernel reports them. [`pci`] has what a guest's driver sees of them: MSI-X tables. [`hypervisor`] has the kernels
+//! behind it, [`instruments`] measures and probes them.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -34,6 +35,7 @@
 pub mod hypervisor;
 pub mod instruments;
 pub mod irqfd;
+pub mod pci;
 
 #[cfg(feature = "python")]
 mod python;
@@ -48,8 +50,9 @@ mod _core {
     use crate::python::bench::{Baseline, null_partition, signal_latencies};
     #[pymodule_export]
     use crate::python::{
-        event::EventFd, msi::MsiRoute, objects::Batch, objects::IoEventFd, objects::IrqFdRoute, objects::Partition,
-        probe::RawPartition,
+        event::EventFd, msi::MsiRoute, objects::Batch, objects::Device, objects::IoEventFd, objects::IrqFdRoute,
+        objects::MsiCapability, objects::MsiVector, objects::MsixTable, objects::MsixVector, objects::Partition,
+        objects::Vector, objects::Vectors, probe::RawPartition,
     };
 
     #[pymodule_init]

@@ -2,7 +2,7 @@
 
 usage: python tools/break_rules.py [--lab] [NAME...]    (needs git, cargo, and `make build-dev`)
 
-Each patch in tests/rules is one break: a first line that states the clause, `Red:` lines that name the tests that must
+Each patch in tests is one break: a first line that states the clause, `Red:` lines that name the tests that must
 fail, and a patch. The patch is applied to a copy of the tree and reverted afterwards. The copy and its builds are kept
 in ~/.cache/mshv_irqfd/broken (or under $XDG_CACHE_HOME). The first word of a `Red:` line is the test's runner:
 
@@ -32,7 +32,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
-BREAKS = ROOT / "tests" / "rules"
+BREAKS = ROOT / "tests"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mshv_irqfd" / "broken"
 TREE, TARGET = CACHE / "tree", CACHE / "target"
 MODULE = TREE / "python" / "mshv_irqfd" / "_core.abi3.so"

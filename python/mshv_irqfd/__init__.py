@@ -2,12 +2,13 @@
 
 Open a partition with `open_partition()`, create routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
 their eventfds: the kernel raises the interrupts with no trip through user space. The way back is
-`Partition.ioeventfd()`: the guest's writes signal an eventfd.
+`Partition.ioeventfd()`: the guest's writes signal an eventfd. `MsixTable` and `MsiCapability` are what a guest's driver
+sees of a device's routes.
 
 Import from this module only. The others are private.
 """
 
-from mshv_irqfd._core import Batch, MsiRoute
+from mshv_irqfd._core import Batch, MsiRoute, MsiVector, MsixVector
 from mshv_irqfd.errors import (
     ClosedError,
     ForkedError,
@@ -28,6 +29,8 @@ from mshv_irqfd.handles import (
     IrqFdRoute,
     KvmPartition,
     MshvPartition,
+    MsiCapability,
+    MsixTable,
     Partition,
     SimulatedPartition,
     open_partition,
@@ -53,7 +56,11 @@ __all__ = [
     "MissingVpError",
     "MshvIrqFdError",
     "MshvPartition",
+    "MsiCapability",
     "MsiRoute",
+    "MsiVector",
+    "MsixTable",
+    "MsixVector",
     "Partition",
     "PartitionStats",
     "RouteBrokenError",

@@ -1,15 +1,17 @@
 """The Rust half of `mshv_irqfd`; import that, not this."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Final, Protocol, Self, final, overload, type_check_only
+from typing import Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
 
 from typing_extensions import disjoint_base
 
 from mshv_irqfd.handles import EventFd as PublicEventFd
 from mshv_irqfd.handles import IoEventFd as PublicIoEventFd
 from mshv_irqfd.handles import IrqFdRoute as PublicIrqFdRoute
+from mshv_irqfd.handles import MsiCapability as PublicMsiCapability
+from mshv_irqfd.handles import MsixTable as PublicMsixTable
 from mshv_irqfd.handles import Partition as PublicPartition
 from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats, RoutingEntry
 
@@ -17,16 +19,24 @@ __all__: Final = [
     "DEBUG_BUILD",
     "Baseline",
     "Batch",
+    "Device",
     "EventFd",
     "IoEventFd",
     "IrqFdRoute",
+    "MsiCapability",
     "MsiRoute",
+    "MsiVector",
+    "MsixTable",
+    "MsixVector",
     "Partition",
     "RawPartition",
+    "Vector",
+    "Vectors",
     "null_partition",
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
+_V = TypeVar("_V", bound=Vector)
 
 @type_check_only
 class HasFileno(Protocol):
@@ -297,7 +307,7 @@ class IrqFdRoute:
         >>> partition.close()
     """
 
-    def __new__(cls, partition: Partition, event: int | None = None) -> Self: ...
+    def __new__(cls, partition: Partition, event: object = None) -> Self: ...
     @property
     def gsi(self) -> int:
         """The GSI, an int. After this route is closed, another route may have the same GSI."""
@@ -491,6 +501,348 @@ class Batch:
     ) -> None: ...
 
 @disjoint_base
+class Device:
+    """What devices with MSI-X and with MSI have in common. See `MsixTable` and `MsiCapability`."""
+
+    @property
+    def partition(self) -> PublicPartition:
+        """The partition that gets the interrupts."""
+
+    @property
+    def vectors(self) -> Vectors[MsixVector] | Vectors[MsiVector]:
+        """The vectors, a sequence."""
+
+    def reset(self) -> None:
+        """Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
+
+        Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
+        the kernel refuses: see `faults()`.
+        """
+
+    def faults(self) -> list[tuple[int, Exception]]:
+        """The vectors that are not armed or disarmed as the guest asked.
+
+        Returns:
+            Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
+            vector is among them until it is next unmasked with success, or the device is reset. A vector that another
+            route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+        """
+
+    def close(self) -> None:
+        """Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
+
+        Raises:
+            IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+
+    def _is_left_open(self) -> bool:
+        """Whether a finalizer should warn. Always false in a forked child."""
+
+    def _abandon(self) -> None:
+        """For finalizers: closes. In a forked child closes only the descriptors."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@disjoint_base
+class MsixTable(Device):
+    """A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
+
+    The registers are the table, the pending bits and message control (PCI Local Bus 3.0 section 6.8.2, PCI Express
+    5.0 section 7.7.2).
+
+    A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or
+    vhost. A vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask
+    is set, with the message that its entry had when that became so. Other changes to an unmasked entry wait for its
+    next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for.
+    Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
+
+    Signals on a vector that is not armed stay pending, and show as its pending bit, no matter who wrote them to the
+    eventfd. Unmasking sends one message for all of them.
+
+    A guest may write anything: its accesses never raise. A vector that can't be armed, because its message is
+    invalid or the kernel refuses, stays disarmed, and the others are armed; `faults()` has the reason. Only the
+    device model's own mistakes raise: a closed table or partition, a forked child, an argument of the wrong type.
+
+    Threads may share a table. Close it, or use `with`; closing its partition closes its routes too. In a forked
+    child only `signal()` of a vector with a route works.
+
+    Args:
+        partition: the partition that gets the interrupts.
+        vectors: the number of vectors, 1 to 2048.
+        events: eventfds of the caller's, in a mapping from vectors, or in a sequence from vector 0 up with None for
+            vectors without. Each is an int or an object with `fileno()`. The table duplicates them, and takes a GSI
+            for each at once.
+
+    Raises:
+        ClosedError: the table or its partition is closed. Every method but `close()` raises this.
+        ValueError, TypeError: `vectors` or `events` is invalid; see also `Partition.new_irqfd_route()`.
+        GsiExhaustedError, IrqFdError: no route can be made for an eventfd in `events`.
+
+    Example:
+        >>> partition = open_partition("simulated")
+        >>> table = MsixTable(partition, 4)
+        >>> table.write_table(16 * 2, (0xFEE00000).to_bytes(8, "little"))  # the guest programs vector 2
+        >>> table.write_table(16 * 2 + 8, (0x41).to_bytes(8, "little"))  # data 0x41, and vector control 0: unmasked
+        >>> table.vectors[2].signal()
+        >>> hex(table.read_pba(0, 8))
+        '0x4'
+        >>> table.write_message_control(2, (0x8000).to_bytes(2, "little"))  # the guest enables MSI-X
+        >>> hex(table.read_pba(0, 8))
+        '0x0'
+        >>> table
+        <MsixTable of 4 vectors, 1 with a route, enabled>
+        >>> [hex(interrupt.vector) for interrupt in partition.take_interrupts(timeout=10)]
+        ['0x41']
+        >>> table.close()
+        >>> partition.close()
+    """
+
+    def __new__(
+        cls,
+        partition: Partition,
+        vectors: int,
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self: ...
+    @property
+    def vectors(self) -> Vectors[MsixVector]:
+        """The vectors, a sequence."""
+
+    def read_table(self, offset: int, size: int) -> int:
+        """Reads the table, for the guest.
+
+        An entry has 16 bytes: the message's address, its upper address, its data, and vector control, whose bit 0
+        is the mask bit. The other bits of vector control are read-only and 0.
+
+        Args:
+            offset: the offset from the table's first byte.
+            size: the number of bytes, 4 or 8. The offset must be a multiple of it.
+
+        Returns:
+            The value, little-endian. All ones (in eight bytes at most) for any other offset or size, which the
+            specification leaves undefined.
+        """
+
+    def write_table(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Writes the table, for the guest.
+
+        Makes a call into the kernel only if it unmasks or masks a vector. A message that is written to an unmasked
+        entry takes effect when the vector is next unmasked.
+
+        Args:
+            offset: the offset from the table's first byte.
+            data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
+            ignored.
+        """
+
+    def read_pba(self, offset: int, size: int) -> int:
+        """Reads the pending bits, for the guest: one for each vector, set while a signal waits for it to be armed.
+
+        A guest can't write them: ignore its writes.
+
+        Args:
+            offset: the offset from the first byte of the pending bits.
+            size: the number of bytes, 4 or 8. The offset must be a multiple of it.
+
+        Returns:
+            The value, little-endian. All ones (in eight bytes at most) for any other offset or size.
+        """
+
+    @property
+    def message_control(self) -> int:
+        """The message control register, an int of 16 bits.
+
+        Bit 15 enables MSI-X, bit 14 masks all vectors, bits 10:0 are the number of vectors less one.
+        """
+
+    def write_message_control(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Takes a write to the capability in configuration space, for the guest.
+
+        Pass every write on: only bits 15 and 14 of message control take effect, and the rest of the capability is
+        read-only. Guests write them as a byte, as a word, or as the dword that starts with the capability's id.
+
+        Args:
+            offset: the offset from the capability's first byte. Message control is at 2.
+            data: 1, 2 or 4 bytes, little-endian. The offset must be a multiple of their number. Any other write is
+                ignored.
+        """
+
+    def capability(self, *, table_bar: int, table_offset: int, pba_bar: int, pba_offset: int) -> bytes:
+        """The capability for the device's configuration space, 12 bytes.
+
+        The pointer to the next capability is 0. Message control is as the register is now.
+
+        Args:
+            table_bar: the BAR with the table, 0 to 5.
+            table_offset: the offset of the table in it, a multiple of 8.
+            pba_bar: the BAR with the pending bits, 0 to 5.
+            pba_offset: the offset of the pending bits in it, a multiple of 8.
+
+        Raises:
+            ValueError: a value breaks one of these rules, or the pending bits overlap the table.
+        """
+
+@disjoint_base
+class MsiCapability(Device):
+    """A device's MSI capability: the registers of its guest driver, and a route for each vector that is used.
+
+    It has 64-bit addresses and a mask bit for each vector (PCI Local Bus 3.0 section 6.8.1, PCI Express 5.0 section
+    7.7.1). All its registers are in configuration space. A vector's route is armed while MSI is enabled, the vector is
+    not masked, and the guest has granted that many vectors. Its message is the address and the data, with the vector's
+    number in the lowest bits of the data. It is taken when the vector is armed, and again when the guest writes the
+    data, which drivers write last: half of a new message is never sent.
+
+    Everything else is as with `MsixTable`: signals, pending bits, accesses that never raise, faults, threads.
+
+    Args:
+        partition: the partition that gets the interrupts.
+        vectors: the number of vectors: 1, 2, 4, 8, 16 or 32.
+        events: eventfds of the caller's, as with `MsixTable`.
+
+    Raises:
+        ClosedError: the capability or its partition is closed. Every method but `close()` raises this.
+        ValueError, TypeError: `vectors` or `events` is invalid; see also `Partition.new_irqfd_route()`.
+        GsiExhaustedError, IrqFdError: no route can be made for an eventfd in `events`.
+
+    Example:
+        >>> partition = open_partition("simulated")
+        >>> device = MsiCapability(partition, 2)
+        >>> device.write_config(4, (0xFEE00000).to_bytes(4, "little"))  # the guest sets the address
+        >>> device.write_config(12, (0x40).to_bytes(2, "little"))  # and the data
+        >>> device.write_config(2, (0x11).to_bytes(2, "little"))  # grants two vectors and enables MSI
+        >>> device.vectors[1].signal()
+        >>> [hex(interrupt.vector) for interrupt in partition.take_interrupts(timeout=10)]
+        ['0x41']
+        >>> device.close()
+        >>> partition.close()
+    """
+
+    def __new__(
+        cls,
+        partition: Partition,
+        vectors: int,
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self: ...
+    @property
+    def vectors(self) -> Vectors[MsiVector]:
+        """The vectors, a sequence."""
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Reads the capability in configuration space, for the guest.
+
+        Args:
+            offset: the offset from the capability's first byte.
+            size: the number of bytes, 1, 2 or 4. The offset must be a multiple of it.
+
+        Returns:
+            The value, little-endian. All ones (in eight bytes at most) for any other offset or size.
+        """
+
+    def write_config(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Writes the capability in configuration space, for the guest.
+
+        Pass every write on: what is read-only stays as it is.
+
+        Args:
+            offset: the offset from the capability's first byte.
+            data: 1, 2 or 4 bytes, little-endian. The offset must be a multiple of their number. Any other write is
+                ignored.
+        """
+
+    def capability(self) -> bytes:
+        """The capability as it is now, 24 bytes, for the device's configuration space.
+
+        The pointer to the next capability is 0.
+        """
+
+@final
+class Vectors(Generic[_V]):
+    """The vectors of a device, by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> _V: ...
+    def __iter__(self) -> Iterator[_V]: ...
+
+@disjoint_base
+class Vector:
+    """A vector of a device. It keeps the device alive."""
+
+    @property
+    def index(self) -> int:
+        """The number of the vector."""
+
+    @property
+    def device(self) -> PublicMsixTable | PublicMsiCapability:
+        """The `MsixTable` or `MsiCapability` that it is a vector of."""
+
+    @property
+    def event(self) -> PublicEventFd:
+        """A view of the vector's eventfd, for VFIO, vhost, or a device model. Takes the vector's route if it has none.
+
+        It stays the same as long as the device is open.
+
+        Raises:
+            GsiExhaustedError, IrqFdError: the vector has no route, and none can be made.
+        """
+
+    def signal(self) -> None:
+        """Sends the vector's message now if it is armed; otherwise leaves the signal pending.
+
+        Never waits. In a forked child it works if the vector has a route.
+
+        Raises:
+            ClosedError: the device, its partition or the vector's route is closed.
+        """
+
+    @property
+    def masked(self) -> bool:
+        """Whether the vector is masked, by its own mask bit or by the function mask."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether a signal waits for the vector to be armed: its pending bit."""
+
+    def consume_pending(self) -> bool:
+        """Takes the pending signals, so that unmasking sends no message for them.
+
+        For a device whose reason to interrupt has gone (PCI Local Bus 3.0 section 6.8.3.5).
+
+        Returns:
+            Whether a signal was pending. Always false while the vector is armed.
+        """
+
+    @property
+    def route(self) -> PublicIrqFdRoute | None:
+        """The vector's route; None if it has not been taken yet.
+
+        The device sets, masks and closes it: look at it only.
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class MsixVector(Vector):
+    """A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
+
+    Hold it where signals must be fast: `signal()` is one write.
+    """
+
+@final
+class MsiVector(Vector):
+    """A vector of an `MsiCapability`: `capability.vectors[i]`. It keeps the capability alive.
+
+    Hold it where signals must be fast: `signal()` is one write.
+    """
+
+@disjoint_base
 class Partition:
     """A partition (virtual machine) of a hypervisor, and the sole owner of its MSI routing table and irqfds.
 
@@ -537,7 +889,7 @@ class Partition:
 
     @property
     def routes(self) -> list[PublicIrqFdRoute]:
-        """The open routes, in a list ordered by GSI."""
+        """The open routes, those of devices' vectors among them, in a list ordered by GSI."""
 
     @property
     def closed(self) -> bool:

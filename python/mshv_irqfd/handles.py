@@ -53,6 +53,16 @@ class IrqFdRoute(_core.IrqFdRoute, _Finalized):  # noqa: D101 -- the docstring i
     __slots__ = ()
 
 
+class MsixTable(_core.MsixTable, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+    __doc__ = _core.MsixTable.__doc__
+    __slots__ = ()
+
+
+class MsiCapability(_core.MsiCapability, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+    __doc__ = _core.MsiCapability.__doc__
+    __slots__ = ()
+
+
 class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()

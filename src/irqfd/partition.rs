@@ -39,9 +39,9 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
 
 /// A partition of a hypervisor. Its routes and doorbells keep it alive; dropping it closes it.
 ///
-/// Locks are taken in this order: a route's, then the partition's, then the doorbells'. A batch locks its routes by GSI.
-/// The partition's lock guards the routing table, the set of armed irqfds and the doorbells, and every call that changes
-/// them.
+/// Locks are taken in this order: a device's, a route's, then the partition's, then the doorbells'. A batch locks its
+/// routes by GSI. The partition's lock guards the routing table, the set of armed irqfds and the doorbells, and every
+/// call that changes them.
 #[derive(Debug)]
 pub struct Partition {
     owner: Owner,
@@ -217,6 +217,15 @@ impl Partition {
         }
         state.apply(changes)?;
         Ok(())
+    }
+
+    /// Makes the checks that `apply` makes before any call.
+    pub(super) fn check_msi(&self, gsi: u32, msi: MsiRoute) -> Result {
+        let state = self.lock_open()?;
+        match state.vps.filter(|_| !self.config.allow_missing_vp) {
+            Some(vps) => self.check_destination(&vps, Some(gsi), msi.raw()),
+            None => Ok(()),
+        }
     }
 
     /// Raises an MSI now. Returns false if the kernel reports that the guest did not take it.

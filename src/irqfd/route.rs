@@ -144,6 +144,13 @@ impl IrqFdRoute {
         self.route.event.consume().map_err(|error| self.event_error("preadv2", &error))
     }
 
+    /// Makes the checks that `set_msi` makes before any call, as if the route were not masked.
+    pub fn check_msi(&self, msi: MsiRoute) -> Result {
+        self.partition.check_owner()?;
+        self.route.check(&self.route.lock())?;
+        self.partition.check_msi(self.route.gsi, msi)
+    }
+
     /// Applies `edit` to the intent, in the kernel first. A refused call leaves the intent as it was.
     fn change(&self, edit: impl FnOnce(&mut Intent)) -> Result {
         self.partition.check_owner()?;

@@ -1,13 +1,15 @@
 //! Conversions of arguments that several calls share.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyRange, PyRangeMethods};
+use pyo3::types::{PyBytes, PyMapping, PyRange, PyRangeMethods};
 
 use super::errors::bad_integer;
 use crate::hypervisor::trigger::Trigger;
@@ -127,4 +129,54 @@ pub(super) fn timeout(seconds: f64) -> PyResult<Duration> {
             "timeout {seconds} is not a valid number of seconds; give a finite number, 0 or more"
         ))
     })
+}
+
+/// The offset or size of a guest's access. One that 64 bits can't hold lies outside every structure, as the largest one
+/// that they can hold does.
+pub(super) fn access(value: &Bound<'_, PyAny>, name: &str) -> PyResult<u64> {
+    value.extract::<u64>().or_else(|error| {
+        let error = bad_integer(&error, value, name, "give an int");
+        if error.is_instance_of::<PyOverflowError>(value.py()) { Ok(u64::MAX) } else { Err(error) }
+    })
+}
+
+/// The bytes that a guest writes.
+pub(super) fn bytes<'a>(value: &'a Bound<'_, PyAny>) -> PyResult<Cow<'a, [u8]>> {
+    if let Ok(bytes) = value.cast::<PyBytes>() {
+        return Ok(Cow::Borrowed(bytes.as_bytes()));
+    }
+    match PyBuffer::<u8>::get(value) {
+        Ok(buffer) => Ok(Cow::Owned(buffer.to_vec(value.py())?)),
+        Err(_) => Err(PyTypeError::new_err(format!("data must be bytes, not {}", value.get_type().name()?))),
+    }
+}
+
+/// A number of which a rule says more than that it is not negative and has at most 64 bits.
+pub(super) fn number(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<u64> {
+    value.extract::<u64>().map_err(|error| match bad_integer(&error, value, name, range) {
+        error if error.is_instance_of::<PyOverflowError>(value.py()) => {
+            PyValueError::new_err(error.value(value.py()).to_string())
+        }
+        error => error,
+    })
+}
+
+/// A caller's eventfds by vector: a mapping, or a sequence with `None` for vectors without.
+pub(super) fn events(value: &Bound<'_, PyAny>) -> PyResult<Vec<(usize, RawFd)>> {
+    let mut events = Vec::new();
+    if let Ok(mapping) = value.cast::<PyMapping>() {
+        for item in mapping.items()?.try_iter()? {
+            let (vector, event): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item?.extract()?;
+            let vector = number(&vector, "events: vector", "vectors count from 0")?;
+            events.push((vector.try_into().unwrap_or(usize::MAX), descriptor(&event)?));
+        }
+        return Ok(events);
+    }
+    for (vector, event) in value.try_iter()?.enumerate() {
+        let event = event?;
+        if !event.is_none() {
+            events.push((vector, descriptor(&event)?));
+        }
+    }
+    Ok(events)
 }

@@ -41,28 +41,33 @@ exceptions! {
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        let text = error.to_string();
-        match error {
-            Error::Closed(_) => ClosedError::new_err(text),
-            Error::Forked => ForkedError::new_err(text),
-            Error::Exhausted(_) => GsiExhaustedError::new_err(text),
-            Error::Broken(_) => RouteBrokenError::new_err(text),
-            Error::MissingVp { .. } => MissingVpError::new_err(text),
-            Error::Unobservable(_) => PyTypeError::new_err(text),
-            Error::Unavailable { error, advice, .. } => {
-                Python::attach(|py| unavailable(py, &error, &advice, &text).unwrap_or_else(|error| error))
-            }
-            Error::Unsupported(_) => UnsupportedOperation::new_err(text),
-            Error::Failed(failure) => Python::attach(|py| call_error(py, &failure).unwrap_or_else(|error| error)),
-            Error::Adopt(crate::hypervisor::event::AdoptError::NotOpen { .. }) => {
-                Python::attach(|py| os_error(py, libc::EBADF, &text).unwrap_or_else(|error| error))
-            }
-            Error::Adopt(crate::hypervisor::event::AdoptError::Io { error, .. }) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                Python::attach(|py| os_error(py, errno, &text).unwrap_or_else(|error| error))
-            }
-            Error::Msi(_) | Error::Adopt(_) | Error::Invalid(_) => PyValueError::new_err(text),
+        exception_of(&error)
+    }
+}
+
+/// The exception for an error, of which the core may keep a record.
+pub(super) fn exception_of(error: &Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Closed(_) => ClosedError::new_err(text),
+        Error::Forked => ForkedError::new_err(text),
+        Error::Exhausted(_) => GsiExhaustedError::new_err(text),
+        Error::Broken(_) => RouteBrokenError::new_err(text),
+        Error::MissingVp { .. } => MissingVpError::new_err(text),
+        Error::Unobservable(_) => PyTypeError::new_err(text),
+        Error::Unavailable { error, advice, .. } => {
+            Python::attach(|py| unavailable(py, error, advice, &text).unwrap_or_else(|error| error))
         }
+        Error::Unsupported(_) => UnsupportedOperation::new_err(text),
+        Error::Failed(failure) => Python::attach(|py| call_error(py, failure).unwrap_or_else(|error| error)),
+        Error::Adopt(crate::hypervisor::event::AdoptError::NotOpen { .. }) => {
+            Python::attach(|py| os_error(py, libc::EBADF, &text).unwrap_or_else(|error| error))
+        }
+        Error::Adopt(crate::hypervisor::event::AdoptError::Io { error, .. }) => {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            Python::attach(|py| os_error(py, errno, &text).unwrap_or_else(|error| error))
+        }
+        Error::Msi(_) | Error::Adopt(_) | Error::Invalid(_) => PyValueError::new_err(text),
     }
 }
 

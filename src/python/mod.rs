@@ -4,10 +4,13 @@
 mod arguments;
 mod batch;
 pub(crate) mod bench;
+mod device;
 mod doorbell;
 pub(crate) mod errors;
 pub(crate) mod event;
 pub(crate) mod msi;
+mod msi_capability;
+mod msix;
 pub(crate) mod objects;
 mod partition;
 pub(crate) mod probe;

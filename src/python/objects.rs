@@ -1,11 +1,12 @@
 //! The Python classes and their fields. The methods of each are in a file of its own, which imports this one.
 
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, Weak};
 
 use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
 
-use crate::irqfd;
+use crate::{irqfd, pci};
 
 /// A partition (virtual machine) of a hypervisor, and the sole owner of its MSI routing table and irqfds.
 ///
@@ -20,11 +21,13 @@ pub(crate) struct Partition {
     pub(super) core: Arc<irqfd::Partition>,
     /// The Python objects of the routes, by GSI counted from the first.
     pub(super) routes: Mutex<Vec<Option<Py<PyWeakrefReference>>>>,
+    /// The vectors of devices, which have routes of the partition.
+    pub(super) devices: Mutex<Vec<Weak<DeviceRoutes>>>,
 }
 
 impl Partition {
     pub(super) fn new(core: Arc<irqfd::Partition>) -> Self {
-        Self { core, routes: Mutex::default() }
+        Self { core, routes: Mutex::default(), devices: Mutex::default() }
     }
 }
 
@@ -50,9 +53,15 @@ impl Partition {
 ///     >>> partition.close()
 #[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
 pub(crate) struct IrqFdRoute {
-    pub(super) route: irqfd::IrqFdRoute,
+    pub(super) route: Arc<irqfd::IrqFdRoute>,
     pub(super) partition: Py<Partition>,
+    /// Whether it is the route of a vector, which its device closes.
+    pub(super) of_device: bool,
 }
+
+/// A route of a device's vector, on its way into an `IrqFdRoute`.
+#[pyclass(frozen)]
+pub(super) struct TakenRoute(pub(super) Arc<irqfd::IrqFdRoute>);
 
 /// A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
 ///
@@ -112,3 +121,128 @@ impl AsRef<irqfd::IrqFdRoute> for Kept {
         &self.0.get().route
     }
 }
+
+/// A device's vectors, and the Python objects of their routes.
+pub(super) struct DeviceRoutes {
+    pub(super) vectors: Arc<pci::Vectors>,
+    /// Made when they are asked for. They live as long as the device, and do not refer to it.
+    pub(super) objects: Mutex<BTreeMap<usize, Py<IrqFdRoute>>>,
+}
+
+/// What devices with MSI-X and with MSI have in common. See `MsixTable` and `MsiCapability`.
+#[pyclass(frozen, subclass, weakref, module = "mshv_irqfd._core")]
+pub(crate) struct Device {
+    pub(super) core: Arc<dyn pci::AnyDevice>,
+    pub(super) routes: Arc<DeviceRoutes>,
+    pub(super) partition: Py<Partition>,
+}
+
+/// A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
+///
+/// The registers are the table, the pending bits and message control (PCI Local Bus 3.0 section 6.8.2, PCI Express
+/// 5.0 section 7.7.2).
+///
+/// A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or
+/// vhost. A vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask
+/// is set, with the message that its entry had when that became so. Other changes to an unmasked entry wait for its
+/// next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for.
+/// Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
+///
+/// Signals on a vector that is not armed stay pending, and show as its pending bit, no matter who wrote them to the
+/// eventfd. Unmasking sends one message for all of them.
+///
+/// A guest may write anything: its accesses never raise. A vector that can't be armed, because its message is
+/// invalid or the kernel refuses, stays disarmed, and the others are armed; `faults()` has the reason. Only the
+/// device model's own mistakes raise: a closed table or partition, a forked child, an argument of the wrong type.
+///
+/// Threads may share a table. Close it, or use `with`; closing its partition closes its routes too. In a forked
+/// child only `signal()` of a vector with a route works.
+///
+/// Args:
+///     partition: the partition that gets the interrupts.
+///     vectors: the number of vectors, 1 to 2048.
+///     events: eventfds of the caller's, in a mapping from vectors, or in a sequence from vector 0 up with None for
+///         vectors without. Each is an int or an object with `fileno()`. The table duplicates them, and takes a GSI
+///         for each at once.
+///
+/// Raises:
+///     ClosedError: the table or its partition is closed. Every method but `close()` raises this.
+///     ValueError, TypeError: `vectors` or `events` is invalid; see also `Partition.new_irqfd_route()`.
+///     GsiExhaustedError, IrqFdError: no route can be made for an eventfd in `events`.
+///
+/// Example:
+///     >>> partition = open_partition("simulated")
+///     >>> table = MsixTable(partition, 4)
+///     >>> table.write_table(16 * 2, (0xFEE00000).to_bytes(8, "little"))  # the guest programs vector 2
+///     >>> table.write_table(16 * 2 + 8, (0x41).to_bytes(8, "little"))  # data 0x41, and vector control 0: unmasked
+///     >>> table.vectors[2].signal()
+///     >>> hex(table.read_pba(0, 8))
+///     '0x4'
+///     >>> table.write_message_control(2, (0x8000).to_bytes(2, "little"))  # the guest enables MSI-X
+///     >>> hex(table.read_pba(0, 8))
+///     '0x0'
+///     >>> table
+///     <MsixTable of 4 vectors, 1 with a route, enabled>
+///     >>> [hex(interrupt.vector) for interrupt in partition.take_interrupts(timeout=10)]
+///     ['0x41']
+///     >>> table.close()
+///     >>> partition.close()
+#[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
+pub(crate) struct MsixTable(pub(super) Arc<pci::MsixTable>);
+
+/// A device's MSI capability: the registers of its guest driver, and a route for each vector that is used.
+///
+/// It has 64-bit addresses and a mask bit for each vector (PCI Local Bus 3.0 section 6.8.1, PCI Express 5.0 section
+/// 7.7.1). All its registers are in configuration space. A vector's route is armed while MSI is enabled, the vector is
+/// not masked, and the guest has granted that many vectors. Its message is the address and the data, with the vector's
+/// number in the lowest bits of the data. It is taken when the vector is armed, and again when the guest writes the
+/// data, which drivers write last: half of a new message is never sent.
+///
+/// Everything else is as with `MsixTable`: signals, pending bits, accesses that never raise, faults, threads.
+///
+/// Args:
+///     partition: the partition that gets the interrupts.
+///     vectors: the number of vectors: 1, 2, 4, 8, 16 or 32.
+///     events: eventfds of the caller's, as with `MsixTable`.
+///
+/// Raises:
+///     ClosedError: the capability or its partition is closed. Every method but `close()` raises this.
+///     ValueError, TypeError: `vectors` or `events` is invalid; see also `Partition.new_irqfd_route()`.
+///     GsiExhaustedError, IrqFdError: no route can be made for an eventfd in `events`.
+///
+/// Example:
+///     >>> partition = open_partition("simulated")
+///     >>> device = MsiCapability(partition, 2)
+///     >>> device.write_config(4, (0xFEE00000).to_bytes(4, "little"))  # the guest sets the address
+///     >>> device.write_config(12, (0x40).to_bytes(2, "little"))  # and the data
+///     >>> device.write_config(2, (0x11).to_bytes(2, "little"))  # grants two vectors and enables MSI
+///     >>> device.vectors[1].signal()
+///     >>> [hex(interrupt.vector) for interrupt in partition.take_interrupts(timeout=10)]
+///     ['0x41']
+///     >>> device.close()
+///     >>> partition.close()
+#[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
+pub(crate) struct MsiCapability(pub(super) Arc<pci::MsiCapability>);
+
+/// The vectors of a device, by number.
+#[pyclass(frozen, sequence, module = "mshv_irqfd._core")]
+pub(crate) struct Vectors(pub(super) Py<Device>);
+
+/// A vector of a device. It keeps the device alive.
+#[pyclass(frozen, subclass, module = "mshv_irqfd._core")]
+pub(crate) struct Vector {
+    pub(super) device: Py<Device>,
+    pub(super) index: usize,
+}
+
+/// A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
+///
+/// Hold it where signals must be fast: `signal()` is one write.
+#[pyclass(frozen, extends = Vector, module = "mshv_irqfd")]
+pub(crate) struct MsixVector;
+
+/// A vector of an `MsiCapability`: `capability.vectors[i]`. It keeps the capability alive.
+///
+/// Hold it where signals must be fast: `signal()` is one write.
+#[pyclass(frozen, extends = Vector, module = "mshv_irqfd")]
+pub(crate) struct MsiVector;

@@ -86,18 +86,23 @@ impl Partition {
         vps.map(|vps| PyTuple::new(py, vps)).transpose()
     }
 
-    /// The open routes, in a list ordered by GSI.
+    /// The open routes, those of devices' vectors among them, in a list ordered by GSI.
     #[getter]
-    fn routes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        self.core.check_open()?;
+    fn routes<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+        let (py, this) = (slf.py(), slf.get());
+        this.core.check_open()?;
         let routes: Vec<_> = {
-            let routes = self.routes.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+            let routes = this.routes.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
             routes.iter().flatten().filter_map(|route| route.bind(py).upgrade()).collect()
         };
-        let open = routes
-            .into_iter()
-            .filter(|route| route.cast::<IrqFdRoute>().is_ok_and(|route| !route.get().route.is_closed()));
-        PyList::new(py, open.collect::<Vec<_>>())
+        let mut open: Vec<Bound<'_, IrqFdRoute>> =
+            routes.into_iter().filter_map(|route| route.cast_into().ok()).collect();
+        for device in this.device_routes(py) {
+            open.extend(device.all(slf)?);
+        }
+        open.retain(|route| !route.get().route.is_closed());
+        open.sort_by_key(|route| route.get().route.gsi());
+        PyList::new(py, open)
     }
 
     /// Whether it is closed.

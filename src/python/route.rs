@@ -1,13 +1,14 @@
 //! `IrqFdRoute` in Python.
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
-use super::objects::{IrqFdRoute, Partition};
+use super::objects::{IrqFdRoute, Partition, TakenRoute};
 use super::{msi, values};
 use crate::irqfd;
 
@@ -20,11 +21,16 @@ impl IrqFdRoute {
 
 #[pymethods]
 impl IrqFdRoute {
+    /// `event` may also be the route of a vector, which this makes an object for.
     #[new]
     #[pyo3(signature = (partition, event=None))]
-    fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<RawFd>) -> PyResult<Self> {
+    fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        if let Some(taken) = event.and_then(|event| event.cast::<TakenRoute>().ok()) {
+            let route = Arc::clone(&taken.get().0);
+            return Ok(Self { route, partition: partition.clone().unbind(), of_device: true });
+        }
         let core = &partition.get().core;
-        let route = match event {
+        let route = match event.map(|event| event.extract::<RawFd>()).transpose()? {
             // Detaching from the interpreter takes a tenth of the time of making a route, so this detaches only if it
             // has to wait.
             None => match core.try_new_route()? {
@@ -33,7 +39,7 @@ impl IrqFdRoute {
             },
             Some(fd) => py.detach(|| core.new_route(Some(fd)))?,
         };
-        Ok(Self { route, partition: partition.clone().unbind() })
+        Ok(Self { route: Arc::new(route), partition: partition.clone().unbind(), of_device: false })
     }
 
     /// The GSI, an int. After this route is closed, another route may have the same GSI.
@@ -184,7 +190,7 @@ impl IrqFdRoute {
 
     /// Whether a finalizer should warn. Always false in a forked child.
     fn _is_left_open(&self) -> bool {
-        !self.route.is_closed() && self.route.partition().check_owner().is_ok()
+        !self.of_device && !self.route.is_closed() && self.route.partition().check_owner().is_ok()
     }
 
     /// For finalizers: closes. In a forked child closes only the descriptor.

@@ -7,8 +7,10 @@ import doctest
 import mshv_irqfd
 import pytest
 
+CLASSES = ["MsiRoute", "EventFd", "IoEventFd", "IrqFdRoute", "Batch", "MsixTable", "MsiCapability"]
 
-@pytest.mark.parametrize("name", ["MsiRoute", "EventFd", "IoEventFd", "IrqFdRoute", "Batch", "open_partition"])
+
+@pytest.mark.parametrize("name", [*CLASSES, "open_partition"])
 def test_the_example_of_a_docstring_prints_what_it_shows(name: str) -> None:
     names = {public: getattr(mshv_irqfd, public) for public in mshv_irqfd.__all__}
     (test,) = doctest.DocTestFinder(recurse=False).find(names[name], name, globs=names)

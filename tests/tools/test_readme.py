@@ -1,4 +1,4 @@
-"""The README's example runs as written and prints the output shown."""
+"""The README's examples run as written and print the output shown."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[2] / "README.md"
+EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_example_prints_what_the_readme_shows() -> None:
-    example, output = re.findall(r"^```(?:python)?\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)[1:3]
+@pytest.mark.parametrize(("example", "output"), EXAMPLES, ids=["routes", "devices"])
+def test_an_example_prints_what_the_readme_shows(example: str, output: str) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, check=True, timeout=60
     )
     assert run.stdout == output
 
 
-def test_the_example_is_no_longer_than_twenty_lines_of_code() -> None:
-    example = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)[0]
+@pytest.mark.parametrize(("example", "output"), EXAMPLES, ids=["routes", "devices"])
+def test_an_example_is_no_longer_than_twenty_lines_of_code(example: str, output: str) -> None:
     assert sum(bool(line.strip()) for line in example.split("\n")) <= 20
+    assert output

@@ -1,0 +1,17 @@
+//! Device-side interrupt capabilities, as a guest driver sees them: registers above the core's routes.
+//!
+//! A guest may write anything. Its writes never fail: what the kernel refuses leaves the vector disarmed, and is
+//! recorded as the vector's fault.
+
+mod access;
+mod device;
+mod msi;
+mod msix;
+#[cfg(test)]
+mod tests;
+mod vectors;
+
+pub use device::{AnyDevice, Device};
+pub use msi::{MSI_VECTORS, MsiCapability};
+pub use msix::{MSIX_VECTORS, MsixTable};
+pub use vectors::Vectors;

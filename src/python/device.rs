@@ -1,0 +1,287 @@
+//! What `MsixTable` and `MsiCapability` have in common in Python, and their vectors.
+
+use std::sync::{Arc, PoisonError, Weak};
+
+use pyo3::exceptions::PyIndexError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::sync::{MutexExt, PyOnceLock};
+use pyo3::types::{PyIterator, PyList, PyTuple, PyType};
+
+use super::errors::exception_of;
+use super::objects::{
+    Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, TakenRoute, Vector, Vectors,
+};
+use crate::{irqfd, pci};
+
+impl Partition {
+    /// The routes of the devices that still exist.
+    pub(super) fn device_routes(&self, py: Python<'_>) -> Vec<Arc<DeviceRoutes>> {
+        let mut devices = self.devices.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        devices.retain(|device| device.strong_count() > 0);
+        devices.iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+impl DeviceRoutes {
+    /// The Python object of a vector's route.
+    fn object<'py>(
+        &self,
+        partition: &Bound<'py, Partition>,
+        index: usize,
+        route: &Arc<irqfd::IrqFdRoute>,
+    ) -> PyResult<Bound<'py, IrqFdRoute>> {
+        static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        let py = partition.py();
+        let lock = || self.objects.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        if let Some(object) = lock().get(&index) {
+            return Ok(object.bind(py).clone());
+        }
+        // Not under the lock: making an object may run Python code.
+        let class = CLASS.import(py, "mshv_irqfd.handles", "IrqFdRoute")?;
+        let object = class.call1((partition, TakenRoute(Arc::clone(route))))?.cast_into::<IrqFdRoute>()?;
+        // Another thread may have been first.
+        Ok(lock().entry(index).or_insert_with(|| object.clone().unbind()).bind(py).clone())
+    }
+
+    /// The Python objects of the routes that have been taken.
+    pub(super) fn all<'py>(&self, partition: &Bound<'py, Partition>) -> PyResult<Vec<Bound<'py, IrqFdRoute>>> {
+        self.vectors.taken().map(|(index, route)| self.object(partition, index, route)).collect()
+    }
+}
+
+impl Device {
+    pub(super) fn of(partition: &Bound<'_, Partition>, core: Arc<dyn pci::AnyDevice>) -> Self {
+        let vectors = Arc::clone(core.vectors());
+        let routes = Arc::new(DeviceRoutes { vectors, objects: Default::default() });
+        let devices = partition.get().devices.lock_py_attached(partition.py());
+        devices.unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&routes));
+        Self { core, routes, partition: partition.clone().unbind() }
+    }
+
+    /// The text for `repr`.
+    pub(super) fn describe(&self, name: &str, state: irqfd::Result<&str>) -> String {
+        let state = match state {
+            Ok(state) => state,
+            Err(irqfd::Error::Forked) => "of the process that forked this one",
+            Err(_) => "closed",
+        };
+        let (vectors, taken) = (self.routes.vectors.count(), self.routes.vectors.taken().count());
+        format!("<{name} of {vectors} vectors, {taken} with a route, {state}>")
+    }
+}
+
+#[pymethods]
+impl Device {
+    /// The partition that gets the interrupts.
+    #[getter]
+    fn partition(&self, py: Python<'_>) -> Py<Partition> {
+        self.partition.clone_ref(py)
+    }
+
+    /// The vectors, a sequence.
+    #[getter]
+    fn vectors(slf: Bound<'_, Self>) -> Vectors {
+        Vectors(slf.unbind())
+    }
+
+    /// Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
+    ///
+    /// Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
+    /// the kernel refuses: see `faults()`.
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.core.reset())?)
+    }
+
+    /// The vectors that are not armed or disarmed as the guest asked.
+    ///
+    /// Returns:
+    ///     Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
+    ///     vector is among them until it is next unmasked with success, or the device is reset. A vector that another
+    ///     route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+    fn faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let faults = py.detach(|| self.core.faults())?;
+        PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
+    }
+
+    /// Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
+    ///
+    /// Raises:
+    ///     IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.core.close())?)
+    }
+
+    /// Whether it is closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.routes.vectors.is_closed()
+    }
+
+    /// Whether a finalizer should warn. Always false in a forked child.
+    fn _is_left_open(&self) -> bool {
+        !self.routes.vectors.is_closed() && self.routes.vectors.partition().check_open().is_ok()
+    }
+
+    /// For finalizers: closes. In a forked child closes only the descriptors.
+    fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.core.abandon())?)
+    }
+
+    /// For the garbage collector: an instance of a subclass may be part of a cycle.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.partition)
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    /// Closes. In a forked child, where close() would raise, closes only the descriptors.
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
+        self._abandon(py)
+    }
+}
+
+#[pymethods]
+impl Vectors {
+    fn __len__(&self) -> usize {
+        self.0.get().routes.vectors.count()
+    }
+
+    fn __getitem__<'py>(&self, py: Python<'py>, index: isize) -> PyResult<Bound<'py, Vector>> {
+        let count = self.__len__();
+        let place = if index < 0 { index.checked_add_unsigned(count) } else { Some(index) };
+        match place.and_then(|place| usize::try_from(place).ok()).filter(|place| *place < count) {
+            Some(index) => self.at(py, index),
+            None => Err(PyIndexError::new_err(format!(
+                "vector {index} is out of range; this device has vectors 0 to {}",
+                count - 1
+            ))),
+        }
+    }
+
+    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
+        let vectors: PyResult<Vec<_>> = (0..self.__len__()).map(|index| self.at(py, index)).collect();
+        PyTuple::new(py, vectors?)?.try_iter()
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.0)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<vectors 0 to {}>", self.__len__() - 1)
+    }
+}
+
+impl Vectors {
+    fn at<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, Vector>> {
+        let vector = PyClassInitializer::from(Vector { device: self.0.clone_ref(py), index });
+        Ok(if self.0.bind(py).is_instance_of::<MsixTable>() {
+            Bound::new(py, vector.add_subclass(MsixVector))?.into_super()
+        } else {
+            Bound::new(py, vector.add_subclass(MsiVector))?.into_super()
+        })
+    }
+}
+
+impl Vector {
+    fn vectors(&self) -> &pci::Vectors {
+        &self.device.get().routes.vectors
+    }
+
+    fn object<'py>(&self, py: Python<'py>, route: &Arc<irqfd::IrqFdRoute>) -> PyResult<Bound<'py, IrqFdRoute>> {
+        let device = self.device.get();
+        device.routes.object(device.partition.bind(py), self.index, route)
+    }
+}
+
+#[pymethods]
+impl Vector {
+    /// The number of the vector.
+    #[getter]
+    fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The `MsixTable` or `MsiCapability` that it is a vector of.
+    #[getter]
+    fn device(&self, py: Python<'_>) -> Py<Device> {
+        self.device.clone_ref(py)
+    }
+
+    /// A view of the vector's eventfd, for VFIO, vhost, or a device model. Takes the vector's route if it has none.
+    ///
+    /// It stays the same as long as the device is open.
+    ///
+    /// Raises:
+    ///     GsiExhaustedError, IrqFdError: the vector has no route, and none can be made.
+    #[getter]
+    fn event<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let route = py.detach(|| self.device.get().core.take_route(self.index))?;
+        self.object(py, route)?.getattr(pyo3::intern!(py, "event"))
+    }
+
+    /// Sends the vector's message now if it is armed; otherwise leaves the signal pending.
+    ///
+    /// Never waits. In a forked child it works if the vector has a route.
+    ///
+    /// Raises:
+    ///     ClosedError: the device, its partition or the vector's route is closed.
+    fn signal(&self, py: Python<'_>) -> PyResult<()> {
+        let vectors = self.vectors();
+        let signal = || vectors.signal(self.index);
+        let may_block = vectors.route(self.index).is_some_and(|route| route.signal_may_block());
+        Ok(if may_block { py.detach(signal) } else { signal() }?)
+    }
+
+    /// Whether the vector is masked, by its own mask bit or by the function mask.
+    #[getter]
+    fn masked(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(py.detach(|| self.device.get().core.masked(self.index))?)
+    }
+
+    /// Whether a signal waits for the vector to be armed: its pending bit.
+    #[getter]
+    fn pending(&self) -> PyResult<bool> {
+        Ok(self.vectors().pending(self.index)?)
+    }
+
+    /// Takes the pending signals, so that unmasking sends no message for them.
+    ///
+    /// For a device whose reason to interrupt has gone (PCI Local Bus 3.0 section 6.8.3.5).
+    ///
+    /// Returns:
+    ///     Whether a signal was pending. Always false while the vector is armed.
+    fn consume_pending(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(py.detach(|| self.vectors().consume_pending(self.index))?)
+    }
+
+    /// The vector's route; None if it has not been taken yet.
+    ///
+    /// The device sets, masks and closes it: look at it only.
+    #[getter]
+    fn route<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, IrqFdRoute>>> {
+        self.vectors().route(self.index).map(|route| self.object(py, route)).transpose()
+    }
+
+    fn __eq__(&self, other: &Self) -> bool {
+        self.device.is(&other.device) && self.index == other.index
+    }
+
+    fn __hash__(&self) -> isize {
+        (self.device.as_ptr() as isize >> 4).wrapping_add(self.index as isize)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.device)
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let index = slf.get().index;
+        let gsi = slf.get().vectors().route(index).map(|route| format!(" GSI {}", route.gsi()));
+        Ok(format!("<{} {index}{}>", slf.get_type().name()?, gsi.unwrap_or_default()))
+    }
+}

@@ -1,0 +1,201 @@
+"""A table against a model, for a hostile guest: any access at any offset, of any size, with any value.
+
+`MSHV_IRQFD_MODEL` sets how many runs of how many steps, as in "2000x50".
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, Literal
+
+import pytest
+from backends import Backend
+from driver import ENTRY, Driver
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from msix_model import Model
+from needs import need
+from support import counting
+
+VPS = 2
+OPEN = 0x80
+"""The upper byte of message control that enables MSI-X and clears the function mask."""
+
+ADDRESSES = [0xFEE00000, 0xFEE01000, 0xFEE00000, 0xFEE05000, 0xFEE00004, 0xFEE00010, 0xFEE00002, 0, 0x1_FEE00000]
+DATA = [0x41, 0x42, 0x43, 0x152, 0x10, 0x0F, 0x341, 0x1_0041, 0xFFFFFFFF, 0]
+CONTROLS = [0, 1, 0, 1, 0xFFFFFFFE, 0xFFFFFFFF]
+
+words = st.sampled_from([*(value & 0xFFFFFFFF for value in ADDRESSES), *DATA, *CONTROLS]) | st.integers(0, 2**32 - 1)
+bytes_ = st.binary(max_size=9)
+
+
+@st.composite
+def entry_writes(draw: st.DrawFn) -> tuple[int, bytes]:
+    """Writes that make sense to a driver, and so get far: whole fields of the first vectors."""
+    vector = draw(st.integers(0, 4))
+    at, size, values = draw(
+        st.sampled_from(
+            [
+                (0, 4, ADDRESSES),
+                (0, 8, ADDRESSES),
+                (4, 4, [0, 0, 0, 1]),
+                (8, 4, DATA),
+                (8, 8, [data | control << 32 for data in DATA for control in (0, 0, 1)]),
+                (12, 4, CONTROLS),
+            ]
+        )
+    )
+    value = draw(st.sampled_from(values)) & (1 << 8 * size) - 1
+    return ENTRY * vector + at, value.to_bytes(size, "little")
+
+
+@st.composite
+def whole_entries(draw: st.DrawFn) -> list[tuple[int, bytes]]:
+    """A vector masked, programmed with a good message, and unmasked."""
+    vector, vp = draw(st.integers(0, 4)), draw(st.integers(0, VPS - 1))
+    data = draw(st.sampled_from(DATA[:5]))
+    base = ENTRY * vector
+    return [
+        (base + 12, b"\1\0\0\0"),
+        (base, (0xFEE00000 | vp << 12).to_bytes(8, "little")),
+        (base + 8, data.to_bytes(8, "little")),
+    ]
+
+
+class Machine(RuleBasedStateMachine):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        backend = Backend(name)
+        self.guest = backend.guest(backend.open(vps=VPS))
+        self.driver = Driver(self.guest, 1)
+        self.model = Model(1, set(range(VPS)))
+
+    @initialize(count=st.sampled_from([1, 2, 5, 33, 65]), control=st.sampled_from([0, OPEN, OPEN, 0xC0]))
+    def begin(self, count: int, control: int) -> None:
+        self.driver.table.close()
+        self.driver = Driver(self.guest, count)
+        self.model = Model(count, set(range(VPS)))
+        self.write_control(3, bytes([control]))
+
+    def write(self, offset: int, data: bytes) -> None:
+        with counting(self.guest.partition) as made:
+            self.driver.table.write_table(offset, data)
+        assert made.stats.pushes <= 1
+        self.model.write_table(offset, data)
+
+    def write_control(self, offset: int, data: bytes) -> None:
+        with counting(self.guest.partition) as made:
+            self.driver.table.write_message_control(offset, data)
+        assert made.stats.pushes <= 1
+        self.model.write_message_control(offset, data)
+
+    @rule(write=entry_writes())
+    def write_a_field(self, write: tuple[int, bytes]) -> None:
+        self.write(*write)
+
+    @rule(writes=whole_entries())
+    def program_a_vector(self, writes: list[tuple[int, bytes]]) -> None:
+        for write in writes:
+            self.write(*write)
+
+    @rule(offset=st.integers(-20, 5 * ENTRY + 20) | st.integers(), data=bytes_)
+    def write_anything(self, offset: int, data: bytes) -> None:
+        self.write(offset, data)
+
+    @rule(vector=st.integers(0, 4), word=st.integers(0, 3), value=words)
+    def write_a_dword(self, vector: int, word: int, value: int) -> None:
+        self.write(ENTRY * vector + 4 * word, value.to_bytes(4, "little"))
+
+    @rule(
+        write=st.sampled_from([(3, 1), (2, 2), (0, 4)]),
+        control=st.sampled_from([0, 0x40, OPEN, OPEN, OPEN, 0xC0, 0xFF, 0xBF]),
+        rest=st.integers(0, 255),
+    )
+    def control(self, write: tuple[int, int], control: int, rest: int) -> None:
+        offset, size = write
+        self.write_control(offset, bytes([rest] * (size - 1) + [control]))
+
+    @rule(offset=st.integers(-4, 16) | st.integers(), data=bytes_)
+    def control_anything(self, offset: int, data: bytes) -> None:
+        self.write_control(offset, data)
+
+    @rule(vector=st.integers(0, 4), how=st.sampled_from(["signal", "signal", "event", "bare"]))
+    def signal(self, vector: int, how: Literal["signal", "event", "bare"]) -> None:
+        vector %= len(self.model.vectors)
+        ours, model = self.driver[vector], self.model.vectors[vector]
+        match how:
+            case "signal":
+                ours.signal()
+            case "event":
+                ours.event.signal(3)
+                model.has_route = True
+            case "bare":
+                os.eventfd_write(ours.event.fileno(), 1)
+                model.has_route = True
+        self.model.signal(model)
+
+    @rule(vector=st.integers(0, 4))
+    def consume(self, vector: int) -> None:
+        vector %= len(self.model.vectors)
+        model = self.model.vectors[vector]
+        assert self.driver[vector].consume_pending() == model.pending
+        model.pending = False
+
+    @rule()
+    def reset(self) -> None:
+        self.driver.table.reset()
+        self.model.reset()
+
+    @rule(offset=st.integers(-20, 66 * ENTRY) | st.integers(), size=st.integers(0, 9) | st.sampled_from([16, 2**70]))
+    def read_anything(self, offset: int, size: int) -> None:
+        assert self.driver.table.read_table(offset, size) == self.model.read_table(offset, size)
+        assert self.driver.table.read_pba(offset, size) == self.model.read_pba(offset, size)
+
+    @invariant()
+    def agrees(self) -> None:
+        table, model = self.driver.table, self.model
+        self.guest.receives(*(message for message in model.sent if self.guest.reaches(message)))
+        model.sent.clear()
+        assert table.message_control == model.control | len(model.vectors) - 1
+        for at in range(0, min(model.length, 6 * ENTRY), 8):
+            assert table.read_table(at, 8) == model.read_table(at, 8)
+        for at in range(0, (len(model.vectors) + 63) // 64 * 8, 8):
+            assert table.read_pba(at, 8) == model.read_pba(at, 8)
+        for ours, vector in zip(table.vectors, model.vectors, strict=True):
+            route = ours.route
+            assert (ours.masked, ours.pending) == (model.masked(vector), vector.pending)
+            assert (route.msi if route and route.armed else None) == vector.message
+            # A message for a VP that is not there takes a route before it is refused.
+            assert (route is not None) >= vector.has_route
+            assert route is None or vector.has_route or vector.faulty or route.msi is None
+        assert self.driver.faulty() == {number for number, vector in enumerate(model.vectors) if vector.faulty}
+
+    def teardown(self) -> None:
+        self.driver.table.close()
+        self.guest.close()
+
+
+def size() -> tuple[int, int]:
+    """The number of runs, and of steps in each."""
+    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "30x30").partition("x")
+    return int(runs), int(steps)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["simulated", "kvm", "mshv"])
+def test_after_any_accesses_a_table_matches_the_model(name: str) -> None:
+    need(name)
+    runs, steps = size()
+    machine: Any = functools.partial(Machine, name)
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=runs,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
