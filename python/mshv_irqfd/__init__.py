@@ -1,7 +1,7 @@
 """irqfd and MSI routing for virtual machines: on the Microsoft Hypervisor, KVM, or a simulated kernel.
 
 Open a partition with `open_partition()`, create routes with `Partition.new_irqfd_route()`, set their MSIs, and signal
-their eventfds: the kernel raises the interrupts with no trip through user space. The way back is
+their eventfds: the kernel raises the interrupts with no trip through user space. The other direction is
 `Partition.ioeventfd()`: the guest's writes signal an eventfd. `MsixTable` and `MsiCapability` are what a guest's driver
 sees of a device's routes.
 

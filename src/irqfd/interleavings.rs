@@ -242,7 +242,7 @@ fn a_route_retargeted_while_another_is_signalled_loses_none_of_its_signals() {
 }
 
 #[test]
-fn what_is_consumed_is_not_delivered_and_the_other_way_round() {
+fn a_signal_is_consumed_or_delivered_and_never_both() {
     tried(|| {
         let scene = scene(1);
         let consumed = Arc::new(std::sync::atomic::AtomicU32::new(0));
@@ -284,7 +284,7 @@ fn batches_in_any_order_and_a_closing_partition_end_with_nothing_armed() {
 }
 
 #[test]
-fn batches_over_the_same_routes_leave_both_as_one_of_them_said() {
+fn batches_over_the_same_routes_end_as_one_of_them() {
     tried(|| {
         let scene = scene(2);
         together([scene.commit([0, 1], 0x51, false), scene.commit([1, 0], 0x61, false), scene.signal(0)]);
@@ -330,7 +330,7 @@ fn a_signal_of_a_route_that_is_masked_and_cleared_at_once_is_delivered_or_pendin
 }
 
 #[test]
-fn what_two_locks_guard_is_published_whole() {
+fn state_under_two_locks_is_published_whole() {
     tried(|| {
         let scene = scene(1);
         let other = scene.partition.new_route(None).unwrap();
@@ -346,7 +346,7 @@ fn what_two_locks_guard_is_published_whole() {
 }
 
 #[test]
-fn a_route_told_two_things_at_once_is_as_one_of_them_said() {
+fn two_changes_of_one_route_at_once_end_as_one_of_them() {
     tried(|| {
         let scene = scene(1);
         together([0x51, 0x52].map(|vector| scene.act(0, move |route| route.set_msi(msi(vector)).unwrap())));

@@ -309,7 +309,7 @@ fn enabling_one_more_on_mshv_disarms_the_others_around_the_push() {
 }
 
 #[test]
-fn setting_what_is_set_and_doing_what_is_done_makes_no_call() {
+fn repeating_a_change_makes_no_call() {
     for quiesce in [false, true] {
         let (partition, recorder) = partition(quiesce);
         let route = &routes(&partition, &recorder, 1)[0];
@@ -402,7 +402,7 @@ fn dropping_a_route_disarms_it_and_frees_the_lowest_gsi() {
 }
 
 #[test]
-fn signals_wait_through_all_that_does_not_arm() {
+fn signals_wait_until_the_route_is_armed() {
     let (partition, recorder) = partition(true);
     let route = partition.new_route(None).unwrap();
     route.signal(3).unwrap();
@@ -658,7 +658,7 @@ fn every_failure(attempt: &mut impl FnMut(&[usize]) -> usize) -> Vec<usize> {
 }
 
 #[test]
-fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
+fn failed_rollbacks_break_single_routes_and_nothing_else() {
     let mut broken = 0;
     for setup in SETUPS {
         for (name, operate) in OPERATIONS {
@@ -688,7 +688,7 @@ fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
                 }
                 broken += failure.broken.len();
                 everything_works(&partition, &recorder, &routes, &context);
-                what_is_broken_is_set_aside(&partition, routes, &failure.broken, &context);
+                broken_gsis_are_quarantined(&partition, routes, &failure.broken, &context);
                 partition.close().unwrap_or_else(|error| panic!("{context}: {error}"));
                 assert!(recorder.kernel().armed().is_empty(), "{context}: closing leaves nothing armed");
                 made
@@ -701,7 +701,7 @@ fn failures_on_the_way_back_too_break_single_routes_and_nothing_else() {
 }
 
 /// Shows that GSIs of broken routes are not handed out again, and that all others are.
-fn what_is_broken_is_set_aside(partition: &Arc<Partition>, routes: Vec<IrqFdRoute>, broken: &[u32], context: &str) {
+fn broken_gsis_are_quarantined(partition: &Arc<Partition>, routes: Vec<IrqFdRoute>, broken: &[u32], context: &str) {
     drop(routes);
     assert!(broken.iter().all(|gsi| partition.gsi_state(*gsi).unwrap() == GsiState::Broken), "{context}");
     let again: Vec<_> = std::iter::from_fn(|| partition.new_route(None).ok()).collect();
@@ -710,7 +710,7 @@ fn what_is_broken_is_set_aside(partition: &Arc<Partition>, routes: Vec<IrqFdRout
 }
 
 #[test]
-fn closing_leaves_armed_only_what_the_kernel_refused_to_disarm_twice() {
+fn closing_leaves_armed_only_routes_that_the_kernel_refused_to_disarm_twice() {
     for setup in SETUPS {
         let tried = every_failure(&mut |failing| {
             let context = format!("{setup:?}, calls {failing:?} fail");
@@ -730,7 +730,7 @@ fn closing_leaves_armed_only_what_the_kernel_refused_to_disarm_twice() {
 }
 
 #[test]
-fn closing_goes_on_past_errors_and_sets_aside_what_could_not_be_disarmed() {
+fn closing_goes_on_past_errors_and_quarantines_routes_that_stay_armed() {
     let (partition, recorder) = partition(true);
     let all = routes(&partition, &recorder, 3);
     recorder.fail([0]);
@@ -751,7 +751,7 @@ fn closing_goes_on_past_errors_and_sets_aside_what_could_not_be_disarmed() {
 #[test]
 fn a_broken_route_can_be_closed_which_tries_once_more() {
     let (partition, recorder, routes) = scene(false);
-    // The push succeeds, arming fails, and so does the way back.
+    // The push succeeds, arming fails, and so does the rollback.
     recorder.fail([1, 2, 3]);
     let Err(Error::Failed(failure)) = OPERATIONS[7].1(&partition, &routes) else { panic!("no failure") };
     assert_eq!(failure.broken, [24]);
@@ -769,9 +769,9 @@ fn a_route_that_could_not_be_armed_again_keeps_its_signals_and_is_armed_with_the
     // Disarms 24 and 25, fails to push, fails to arm the first of them again.
     recorder.fail([2, 3]);
     let Err(Error::Failed(failure)) = routes[3].set_msi(msi(0x70)) else { panic!("no failure") };
-    let lapsed = failure.disarmed.clone();
-    assert_eq!(lapsed.len(), 1);
-    let route = routes.iter().find(|route| route.gsi() == lapsed[0]).unwrap();
+    let waiting = failure.disarmed.clone();
+    assert_eq!(waiting.len(), 1);
+    let route = routes.iter().find(|route| route.gsi() == waiting[0]).unwrap();
     assert_eq!(route.state().unwrap(), GsiState::Disabled);
     route.signal(1).unwrap();
     assert!(route.pending().unwrap());
@@ -781,7 +781,7 @@ fn a_route_that_could_not_be_armed_again_keeps_its_signals_and_is_armed_with_the
 }
 
 #[test]
-fn closing_one_of_those_that_could_not_be_armed_again_leaves_the_others_to_the_next_push() {
+fn closing_a_route_that_waits_to_be_re_armed_leaves_the_others_to_the_next_push() {
     let (partition, recorder, mut routes) = scene(true);
     // Disarms 24 and 25, fails to push, fails to arm both again.
     recorder.fail([2, 3, 4]);
@@ -812,7 +812,7 @@ fn a_route_that_could_not_be_armed_again_is_armed_by_setting_it_again() {
 }
 
 #[test]
-fn closing_the_partition_tries_once_more_to_disarm_what_a_route_could_not() {
+fn closing_the_partition_tries_once_more_to_disarm_a_stuck_route() {
     let (partition, recorder) = partition(true);
     let all = routes(&partition, &recorder, 1);
     recorder.fail([0]);
@@ -852,7 +852,7 @@ fn clearing_and_setting_the_same_msi_for_ever_takes_no_memory() {
 }
 
 #[test]
-fn an_eventfd_closed_behind_our_back_breaks_its_own_route_and_no_other() {
+fn an_eventfd_closed_by_other_code_breaks_its_own_route_and_no_other() {
     let (partition, recorder) = partition(true);
     let all = routes(&partition, &recorder, 3);
     recorder.kernel().closed_events.insert(fd_of(&all[1]));
@@ -864,7 +864,7 @@ fn an_eventfd_closed_behind_our_back_breaks_its_own_route_and_no_other() {
 }
 
 #[test]
-fn what_cannot_be_drained_is_not_left_armed_unknown_to_us() {
+fn a_route_that_cannot_be_drained_is_not_left_armed() {
     for (failing, state) in [(vec![], GsiState::Disabled), (vec![2, 3], GsiState::Broken)] {
         let (partition, recorder) = partition(true);
         let route = partition.new_route(None).unwrap();
@@ -878,7 +878,7 @@ fn what_cannot_be_drained_is_not_left_armed_unknown_to_us() {
 }
 
 #[test]
-fn what_was_armed_before_and_can_not_be_drained_again_is_disarmed_and_said_so() {
+fn a_route_that_cannot_be_drained_again_is_disarmed_and_reported() {
     let (partition, recorder) = partition(true);
     let armed = &routes(&partition, &recorder, 1)[0];
     let route = partition.new_route(None).unwrap();
@@ -892,20 +892,20 @@ fn what_was_armed_before_and_can_not_be_drained_again_is_disarmed_and_said_so() 
 }
 
 #[test]
-fn a_lapsed_route_is_not_armed_while_its_signals_are_being_taken() {
+fn a_route_waiting_to_be_re_armed_is_not_armed_while_its_signals_are_taken() {
     let (partition, recorder, routes) = scene(true);
     recorder.fail([2, 3]);
     assert!(routes[3].set_msi(msi(0x70)).is_err());
-    let lapsed = routes.iter().find(|route| !route.masked().unwrap() && !route.armed().unwrap()).unwrap();
-    lapsed.signal(1).unwrap();
-    // Whoever takes them must wait for a push that is under way, which may arm the route.
+    let waiting = routes.iter().find(|route| !route.masked().unwrap() && !route.armed().unwrap()).unwrap();
+    waiting.signal(1).unwrap();
+    // Taking them waits for a push that is under way, which may arm the route.
     let pushing = partition.lock();
     std::thread::scope(|scope| {
-        let taker = scope.spawn(|| lapsed.consume_pending());
+        let taker = scope.spawn(|| waiting.consume_pending());
         for _ in 0..1000 {
             std::thread::yield_now();
         }
-        assert!(lapsed.pending().unwrap(), "taken while the table was locked");
+        assert!(waiting.pending().unwrap(), "taken while the table was locked");
         drop(pushing);
         assert!(taker.join().unwrap().unwrap());
     });
@@ -1026,7 +1026,7 @@ fn in_child_with_locks_held(partition: &Partition, route: &IrqFdRoute, what: &st
 }
 
 #[test]
-fn dropping_a_route_that_can_not_be_disarmed_sets_its_gsi_aside_and_goes_on() {
+fn dropping_a_route_that_cannot_be_disarmed_quarantines_its_gsi_and_goes_on() {
     let (partition, recorder) = partition(true);
     let mut all = routes(&partition, &recorder, 2);
     recorder.fail([0]);
@@ -1036,7 +1036,7 @@ fn dropping_a_route_that_can_not_be_disarmed_sets_its_gsi_aside_and_goes_on() {
 }
 
 #[test]
-fn what_the_kernel_has_no_part_in_waits_for_no_push() {
+fn changes_that_need_no_call_wait_for_no_push() {
     let (partition, _) = partition(true);
     let route = Arc::new(partition.new_route(None).unwrap());
     route.mask().unwrap();

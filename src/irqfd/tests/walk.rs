@@ -119,7 +119,7 @@ struct Walk {
     vps: BTreeSet<u8>,
     broken: BTreeSet<u32>,
     /// Routes that should be armed and could not be armed again.
-    lapsed: BTreeSet<u32>,
+    waiting_routes: BTreeSet<u32>,
 }
 
 impl Walk {
@@ -132,7 +132,7 @@ impl Walk {
             routes: Vec::new(),
             vps: BTreeSet::from([0]),
             broken: BTreeSet::new(),
-            lapsed: BTreeSet::new(),
+            waiting_routes: BTreeSet::new(),
         }
     }
 
@@ -174,11 +174,11 @@ impl Walk {
                 if struck == 1 && !step.drain_fails && !closed_events && !matches!(step.deed, Deed::Close(_)) {
                     // But for what an earlier failure left disarmed: that may have come right on the way.
                     let mut after = self.states();
-                    after.extend(self.lapsed.iter().map(|gsi| (*gsi, before[gsi])));
+                    after.extend(self.waiting_routes.iter().map(|gsi| (*gsi, before[gsi])));
                     assert_eq!(after, before, "a single failure leaves all as it was");
                 }
                 self.broken.extend(&failure.broken);
-                self.lapsed.extend(&failure.disarmed);
+                self.waiting_routes.extend(&failure.disarmed);
             }
             Err(Error::Broken(gsi)) => assert!(self.broken.contains(&gsi)),
             Err(Error::MissingVp { gsi, destination, .. }) => {
@@ -275,7 +275,7 @@ impl Walk {
         let gsi = closed.route.gsi();
         let result = closed.route.close();
         assert!(closed.route.is_closed());
-        self.lapsed.remove(&gsi);
+        self.waiting_routes.remove(&gsi);
         if result.is_err() {
             self.broken.insert(gsi);
         }
@@ -329,7 +329,7 @@ impl Walk {
             for (number, edit) in edits {
                 self.routes[number % len].edit(*edit);
             }
-            self.lapsed.retain(|gsi| !gsis.contains(gsi));
+            self.waiting_routes.retain(|gsi| !gsis.contains(gsi));
             self.check_need(&gsis, &table);
         }
         (result, gsis)
@@ -366,10 +366,10 @@ impl Walk {
             assert_eq!(state == GsiState::Broken, self.broken.contains(&gsi), "GSI {gsi}");
             if state == GsiState::Enabled {
                 // The next push armed it, whoever asked for that.
-                self.lapsed.remove(&gsi);
+                self.waiting_routes.remove(&gsi);
             }
             if state != GsiState::Broken {
-                let armed = asked.should_be_armed() && !self.lapsed.contains(&gsi);
+                let armed = asked.should_be_armed() && !self.waiting_routes.contains(&gsi);
                 assert_eq!(state == GsiState::Enabled, armed, "GSI {gsi}");
                 let destination = asked.msi.map_or(0, |msi| msi.target().destination);
                 assert!(!armed || self.vps.contains(&destination), "GSI {gsi} is armed for a VP that is not there");
