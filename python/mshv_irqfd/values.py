@@ -67,7 +67,7 @@ class PartitionStats(NamedTuple):
     failures: int
     """Calls that the kernel refused."""
     hits: int
-    """Messages set on a route that the kernel's table already had: no push."""
+    """Messages set on a route that the kernel's table already had."""
     misses: int
     """Messages set on a route that the kernel's table did not have."""
     entries_loaded: int

@@ -104,10 +104,10 @@ impl Route {
         Error::Closed(format!("the route that had GSI {} (now unallocated, or another route's)", self.gsi))
     }
 
-    /// The GSI where the route is armed.
+    /// The GSI where the route is armed. A broken route counts as not armed, although its irqfd may be registered.
     pub(super) fn armed_gsi(&self) -> Option<u32> {
         let bits = self.load();
-        (bits & ARMED != 0).then_some((bits >> ARMED_AT) as u32 & 0xFFF)
+        (bits & (ARMED | BROKEN) == ARMED).then_some((bits >> ARMED_AT) as u32 & 0xFFF)
     }
 
     pub(super) fn state(&self) -> GsiState {

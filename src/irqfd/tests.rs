@@ -534,7 +534,7 @@ fn check_rules_of<'a>(
                 assert!(!kernel.irqfds.contains_key(&fd_of(route)), "{context}: GSI {gsi} is armed");
                 assert_eq!(route.armed_gsi().unwrap(), None, "{context}: GSI {gsi}");
             }
-            GsiState::Broken => {}
+            GsiState::Broken => assert_eq!(route.armed_gsi().unwrap(), None, "{context}: GSI {gsi} is broken"),
             GsiState::Unallocated => panic!("{context}: GSI {gsi} of an open route is unallocated"),
         }
     }
