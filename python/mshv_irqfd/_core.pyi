@@ -341,8 +341,9 @@ class IrqFdRoute:
     def set_msi(self, address: int, data: int) -> None:
         """Sets the MSI that a signal becomes, and arms the route unless it is masked.
 
-        An MSI that is set while the route is masked is kept, and `unmask()` pushes it. Setting the same MSI again does
-        nothing.
+        Pushes only if the kernel's table lacks the MSI, or if a push is cheaper than moving the irqfd to the GSI that
+        has it (few routes on KVM). An MSI that is set while the route is masked is kept, and `unmask()` arms it.
+        Setting the same MSI again does nothing.
 
         Args:
             address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
@@ -356,7 +357,7 @@ class IrqFdRoute:
         """
 
     def clear_msi(self) -> None:
-        """Disarms the route and forgets its MSI. The next push drops its entry from the kernel's table.
+        """Disarms the route and forgets its MSI. The next push drops the entry of its own GSI from the kernel's table.
 
         Raises:
             IrqFdError: the kernel refused, and nothing changed.
@@ -372,7 +373,7 @@ class IrqFdRoute:
     def unmask(self) -> None:
         """Ends `mask()`: arms the route if it has an MSI, and raises one interrupt if signals are pending.
 
-        Pushes only if the kernel's entry is not the route's MSI, for instance if the MSI changed meanwhile.
+        Pushes only if the kernel's table lacks the route's MSI, which it may if the MSI changed meanwhile.
 
         Raises:
             MissingVpError: no VP has the destination's APIC id.
@@ -476,7 +477,7 @@ class Batch:
         """Unmasks a route, as `IrqFdRoute.unmask()` does."""
 
     def commit(self) -> None:
-        """Makes the changes: disarms, pushes once if any entry changed, arms.
+        """Makes the changes: disarms, pushes once if the kernel's table lacks a message, arms.
 
         If a call fails, everything is rolled back. The batch is closed either way.
 
@@ -997,7 +998,8 @@ class Partition:
     def routing_table(self) -> list[RoutingEntry]:
         """The MSI entries of the last push, in a list ordered by GSI. No kernel can be asked for its table.
 
-        Some entries may be inert. The next push drops those that no route needs.
+        Entries at spare GSIs are among them, and inert ones. The next push drops the entries of closed and cleared
+        routes, and may replace inert spare ones.
         """
 
     def stats(self) -> PartitionStats:

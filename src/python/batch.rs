@@ -67,7 +67,7 @@ impl Batch {
         self.edit(route, Edits::unmask)
     }
 
-    /// Makes the changes: disarms, pushes once if any entry changed, arms.
+    /// Makes the changes: disarms, pushes once if the kernel's table lacks a message, arms.
     ///
     /// If a call fails, everything is rolled back. The batch is closed either way.
     ///

@@ -256,7 +256,8 @@ impl Partition {
 
     /// The MSI entries of the last push, in a list ordered by GSI. No kernel can be asked for its table.
     ///
-    /// Some entries may be inert. The next push drops those that no route needs.
+    /// Entries at spare GSIs are among them, and inert ones. The next push drops the entries of closed and cleared
+    /// routes, and may replace inert spare ones.
     fn routing_table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let table = py.detach(|| self.core.routing_table())?;
         let entries: PyResult<Vec<_>> =

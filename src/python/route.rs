@@ -81,8 +81,9 @@ impl IrqFdRoute {
 
     /// Sets the MSI that a signal becomes, and arms the route unless it is masked.
     ///
-    /// An MSI that is set while the route is masked is kept, and `unmask()` pushes it. Setting the same MSI again does
-    /// nothing.
+    /// Pushes only if the kernel's table lacks the MSI, or if a push is cheaper than moving the irqfd to the GSI that
+    /// has it (few routes on KVM). An MSI that is set while the route is masked is kept, and `unmask()` arms it.
+    /// Setting the same MSI again does nothing.
     ///
     /// Args:
     ///     address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
@@ -99,7 +100,7 @@ impl IrqFdRoute {
         Ok(py.detach(|| self.route.set_msi(msi))?)
     }
 
-    /// Disarms the route and forgets its MSI. The next push drops its entry from the kernel's table.
+    /// Disarms the route and forgets its MSI. The next push drops the entry of its own GSI from the kernel's table.
     ///
     /// Raises:
     ///     IrqFdError: the kernel refused, and nothing changed.
@@ -117,7 +118,7 @@ impl IrqFdRoute {
 
     /// Ends `mask()`: arms the route if it has an MSI, and raises one interrupt if signals are pending.
     ///
-    /// Pushes only if the kernel's entry is not the route's MSI, for instance if the MSI changed meanwhile.
+    /// Pushes only if the kernel's table lacks the route's MSI, which it may if the MSI changed meanwhile.
     ///
     /// Raises:
     ///     MissingVpError: no VP has the destination's APIC id.
