@@ -638,7 +638,7 @@ class MsixTable(Device):
         Args:
             offset: the offset from the table's first byte.
             data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
-            ignored.
+                ignored.
         """
 
     def read_pba(self, offset: int, size: int) -> int:
