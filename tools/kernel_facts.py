@@ -1,4 +1,6 @@
-"""Writes the probe's rows into docs/kernel-facts.md: python tools/kernel_facts.py [--check]
+"""Writes the probe's rows into docs/kernel-facts.md.
+
+usage: python tools/kernel_facts.py [--check]
 
 The probe is the only source of what the package expects of each kernel.
 """

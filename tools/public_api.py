@@ -20,7 +20,7 @@ ALIAS = "Public"
 class PublicApi(griffe.Extension):
     """Run by griffe for the package `mshv_irqfd`."""
 
-    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+    def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
         """Rewrites the classes of the package."""
         if pkg.name != "mshv_irqfd":
             return
@@ -66,6 +66,8 @@ def add_overloads(cls: griffe.Class) -> None:
             shown = copy(overloads[-1])
             shown.overloads = list(overloads)
             cls.set_member(name, shown)
+    # The members of an alias, as every public class is, keep their order instead of being sorted by line.
+    cls.members = dict(sorted(cls.members.items(), key=lambda member: member[1].lineno or 0))
 
 
 def take_over(cls: griffe.Class, parents: list[griffe.Class]) -> None:
@@ -87,7 +89,8 @@ def take_over(cls: griffe.Class, parents: list[griffe.Class]) -> None:
 
 
 def name_public_classes(member: griffe.Object | griffe.Alias, pkg: griffe.Module) -> None:
-    """Replaces the import aliases in a member's types by the public names."""
+    """Lets the types of a member lead to the public classes: the stub has them by import aliases, or as their bases."""
+    public = {str(name) for name in pkg.exports or ()}
     expressions: list[Any] = [getattr(member, "annotation", None), getattr(member, "returns", None)]
     for function in (member, *(getattr(member, "overloads", None) or ())):
         expressions.append(getattr(function, "returns", None))
@@ -95,7 +98,7 @@ def name_public_classes(member: griffe.Object | griffe.Alias, pkg: griffe.Module
     for expression in expressions:
         if isinstance(expression, griffe.Expr):
             for name in expression.iterate(flat=True):
-                if isinstance(name, griffe.ExprName) and name.name.startswith(ALIAS):
+                if isinstance(name, griffe.ExprName) and name.name.removeprefix(ALIAS) in public:
                     name.name = name.name.removeprefix(ALIAS)
                     name.parent = pkg
 

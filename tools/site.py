@@ -1,7 +1,9 @@
-"""Builds the docs site into target/site, and checks it: python tools/site.py
+"""Builds the docs site into target/site, and checks it.
 
-Any warning fails: a broken link or reference in a page, or a docstring that griffe cannot read. The built pages are then
-checked as a browser sees them: every local address leads to a file of the site, with the anchor that it names, and
+usage: python tools/site.py
+
+Any warning fails: a broken link or reference in a page, or a docstring that griffe cannot read. The built pages are
+then checked as a browser sees them: every local address leads to a file of the site, with the anchor that it names, and
 nothing is loaded from another host.
 """
 

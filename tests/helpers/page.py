@@ -5,13 +5,13 @@
 | `python` | run, in one namespace for the whole page |
 | `python title="NAME"`, and any other language with a title | written to the file NAME |
 | `console` | run by a shell: what follows a `$ `, and the output shown below it is compared |
-| `output` | compared with what the `python` block before it printed; `...` stands for anything |
+| `output`, or none | compared with what the `python` block before it printed; `...` stands for anything |
 | `json`, `toml` without a title | parsed |
 
 A comment before a fence says what else it needs: `<!-- needs: kvm -->` runs it where that backend is. A command that
-sets a machine up is not run again: `<!-- in: Makefile -->` demands that each command of the fence is in that file of the
-project, or, for `make VERB`, that the verb exists. A measurement of minutes is run for an instant, on another backend:
-`<!-- shortened: simulated -->`.
+sets a machine up is not run again: `<!-- in: Makefile -->` demands that each command of the fence is in that file of
+the project, or, for `make VERB`, that the verb exists. A measurement of minutes is run for an instant, on another
+backend: `<!-- shortened: simulated -->`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import backends
-from sybil import Document, Region
+from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from sybil import Example
+    from collections.abc import Callable, Iterable
 
 PROJECT = Path(__file__).parents[2]
 INFO = re.compile(r'(?P<language>[\w-]*)(?: title="(?P<title>[^"]+)")?(?P<rest>[^\n]*)\n')
 REMARK = re.compile(r"<!-- (?P<key>needs|in|shortened): (?P<value>\S+) -->\s*$")
 BENCH = re.compile(r"^\$ .*?mshv-irqfd bench ([^\n]*)", re.MULTILINE)
-PARSERS = {"json": json.loads, "toml": tomllib.loads}
+OUTPUT = {"output", ""}
 FORGIVING = doctest.ELLIPSIS
 TIMEOUT = 120
 PLAIN = {"COLUMNS": "80", "NO_COLOR": "1", "PYTEST_ADDOPTS": "-p no:run-parallel"}
@@ -62,52 +60,71 @@ def snippets(document: Document) -> Iterable[Region]:
 
 def evaluate(example: Example) -> str | None:
     """Runs one snippet. Returns what is wrong."""
-    lexemes = example.region.lexemes
-    language, title, key, value = (lexemes[name] for name in ("language", "title", "key", "value"))
-    if lexemes["rest"]:
-        return f"unknown options: {lexemes['rest']}"
-    page = example.namespace
-    if key == "needs" and value not in backends.selected():
-        page["skipped"] = True
-    elif key == "needs" and (reason := backends.unavailable(value)):
-        if backends.required(value):
-            return reason
-        page["skipped"] = True
-    elif language != "output":
-        page["skipped"] = False
+    lexemes, page = example.region.lexemes, example.namespace
+    shows_output = lexemes["language"] in OUTPUT
+    if not shows_output:
+        page["skipped"] = lexemes["key"] == "needs" and lacks(lexemes["value"])
     if page["skipped"]:
         return None
-    if language == "output":
-        return compare(example.parsed, page.pop("printed", ""))
-    if left := page.pop("printed", ""):
-        return f"the snippet before it printed what the page does not show:\n{left}"
-    if title:
-        Path(title).parent.mkdir(parents=True, exist_ok=True)
-        Path(title).write_text(example.parsed)
-        return None
-    if key == "in":
-        return known(example.parsed, PROJECT / value)
-    if language == "python":
-        return run(example)
-    if language == "console":
-        return session(shortened(example.parsed, value) if key == "shortened" else example.parsed)
-    if language in PARSERS:
-        PARSERS[language](example.parsed)
-        return None
-    return f"a fence of the language {language!r} is not run: see tests/helpers/page.py"
+    printed = page.pop("printed", "")
+    if shows_output:
+        return compare(example.parsed, printed)
+    if printed:
+        return f"the snippet before it printed what the page does not show:\n{printed}"
+    return KINDS.get(kind(lexemes), unknown)(example)
 
 
-def run(example: Example) -> None:
+def kind(lexemes: dict[str, str]) -> str:
+    """What sort of snippet it is: a key of KINDS."""
+    if lexemes["rest"]:
+        return "unknown"
+    if lexemes["title"]:
+        return "file"
+    return lexemes["key"] if lexemes["key"] in {"in", "shortened"} else lexemes["language"]
+
+
+def unknown(example: Example) -> str:
+    """Refuses a snippet that would not be run."""
+    lexemes = example.region.lexemes
+    return f"a fence of {lexemes['language']!r}{lexemes['rest']} is not run: see tests/helpers/page.py"
+
+
+def lacks(backend: str) -> bool:
+    """Whether a backend is missing here. Raises if it was asked for by name."""
+    reason = backends.unavailable(backend)
+    assert reason is None or not backends.required(backend), reason
+    return reason is not None or backend not in backends.selected()
+
+
+def write(example: Example) -> str | None:
+    """Writes a file."""
+    file = Path(example.region.lexemes["title"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(example.parsed)
+    return None
+
+
+def run(example: Example) -> str | None:
     """Runs Python, and keeps what it prints."""
-    names, page = example.namespace["names"], example.namespace
-    printed = io.StringIO()
-    example.namespace = names
+    page, printed = example.namespace, io.StringIO()
+    example.namespace = page["names"]
     try:
         with redirect_stdout(printed):
             PythonEvaluator()(example)
     finally:
         example.namespace = page
         page["printed"] = printed.getvalue()
+    return None
+
+
+def parsed(parse: Callable[[str], object]) -> Callable[[Example], str | None]:
+    """A treatment that only parses."""
+
+    def treat(example: Example) -> str | None:
+        parse(example.parsed)
+        return None
+
+    return treat
 
 
 def session(text: str) -> str | None:
@@ -158,6 +175,18 @@ def known(text: str, file: Path) -> str | None:
         elif command not in file.read_text():
             return f"{file.name} does not have: {command}"
     return None
+
+
+KINDS: dict[str, Callable[[Example], str | None]] = {
+    "file": write,
+    "python": run,
+    "console": lambda example: session(example.parsed),
+    "json": parsed(json.loads),
+    "toml": parsed(tomllib.loads),
+    "in": lambda example: known(example.parsed, PROJECT / example.region.lexemes["value"]),
+    "shortened": lambda example: session(shortened(example.parsed, example.region.lexemes["value"])),
+}
+"""What is done with each kind of snippet."""
 
 
 def main() -> None:
