@@ -31,7 +31,7 @@ class PublicApi(griffe.Extension):
             take_over(cls, bases(cls, core))
         for module in (core, pkg["handles"], pkg["values"], pkg["errors"]):
             for cls in own_classes(module):
-                cls.bases = [base for base in cls.bases if is_public(base)]
+                cls.bases = public_bases(cls, module)
                 for shown in (cls, *cls.members.values()):
                     name_public_classes(shown, pkg)
                     mark_examples(shown)
@@ -43,9 +43,16 @@ def own_classes(module: griffe.Module) -> list[griffe.Class]:
     return [cls for cls in module.classes.values() if not cls.is_alias]
 
 
-def is_public(base: str | griffe.Expr) -> bool:
-    """Whether a base class is one that users know."""
-    return not str(base).startswith(("_", "Vector", "Device"))
+def public_bases(cls: griffe.Class, module: griffe.Module) -> list[str | griffe.Expr]:
+    """The bases of a class that users know, those of its private bases in their place."""
+    found: list[str | griffe.Expr] = []
+    for base in cls.bases:
+        name = str(base)
+        if name.startswith("_") and name in module.classes:
+            found += public_bases(module[name], module)
+        elif not name.startswith(("_", "Vector", "Device")):
+            found.append(base)
+    return found
 
 
 def bases(cls: griffe.Class, core: griffe.Module) -> list[griffe.Class]:
