@@ -48,12 +48,6 @@ def test_the_kernel_facts_are_the_rows_of_the_probe() -> None:
     subprocess.run([sys.executable, PROJECT / "tools" / "kernel_facts.py", "--check"], check=True)
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=name)
-def test_the_python_of_a_page_fits_its_width(page: Path) -> None:
-    snippets = re.findall(r"^```python.*?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    assert [line for snippet in snippets for line in snippet.split("\n") if len(line) > 88] == []
-
-
 WRONG = {
     "python that raises": "```python\n1 / 0\n```\n",
     "another output": "```python\nprint(1)\n```\n\n```output\n2\n```\n",
