@@ -22,7 +22,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel stubs format clean
+	bench wheel release stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -123,9 +123,16 @@ bench: $(VENV)/ready ## Build a release into the virtual environment and measure
 	$(BIN)/maturin develop --quiet --locked --release
 	$(BIN)/mshv-irqfd bench $(BENCH_ARGS)
 
-wheel: $(VENV)/ready ## Build the wheel into dist/
-	rm -rf dist
-	$(BIN)/maturin build --quiet --release --locked --out dist
+$(VENV)/release-ready: $(VENV)/ready requirements-release.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-release.txt
+	touch $@
+
+wheel: $(VENV)/release-ready ## Build the sdist and the manylinux wheel into dist/
+	$(RUN) tools/release.py --build-only
+
+# A package index shows the README alone: FILES_URL is the address below which its readers find the other files.
+release: $(VENV)/release-ready ## Build the sdist and the wheel into dist/ and check both; publish nothing (FILES_URL=...)
+	$(RUN) tools/release.py $(if $(FILES_URL),--files "$(FILES_URL)")
 
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py

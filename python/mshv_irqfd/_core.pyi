@@ -17,6 +17,7 @@ from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats,
 
 __all__: Final = [
     "DEBUG_BUILD",
+    "VERSION",
     "Baseline",
     "Batch",
     "Device",
@@ -36,6 +37,7 @@ __all__: Final = [
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
+VERSION: Final[str]
 _V = TypeVar("_V", bound=Vector)
 
 @type_check_only
