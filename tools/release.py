@@ -1,8 +1,8 @@
-"""`make release`: builds the sdist and the wheel into dist/, and checks them. Publishes nothing.
+"""Builds the sdist and the wheel into dist/, and checks them: `make release`. Publishes nothing.
 
-The sdist is built from a copy of the tracked files, and the wheel from the unpacked sdist. In the copy's README, links to
-other files become absolute, below the address that --files gives; without one they become plain text, since a package
-index shows the README alone.
+The sdist is built from a copy of the tracked files, and the wheel from the unpacked sdist. A package index shows the
+README alone, so in the copy's README links to other files become absolute, below the address that --files gives.
+Without one they become plain text.
 
 The checks: the changelog has the version; the wheel is manylinux_2_17 and abi3 (auditwheel); the index would take both
 files and show the README (twine); a fresh environment with nothing else installs each of them, and runs it.
@@ -56,9 +56,16 @@ def check_changelog() -> None:
 
 def run(*command: str | Path, **options: object) -> str:
     """Runs a command, and returns its standard output. Ends this program if it fails."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for `python -m ziglang`
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    }  # for `python -m ziglang`
     done = subprocess.run(  # noqa: S603 -- commands of this file
-        [str(part) for part in command], stdout=subprocess.PIPE, text=True, check=False, env=environment, **options  # type: ignore[call-overload]
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment,
+        **options,  # type: ignore[call-overload]
     )
     if done.returncode:
         raise SystemExit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
@@ -125,7 +132,9 @@ def try_out(sdist: Path, wheel: Path) -> None:
 def main() -> int:
     """Builds and checks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", metavar="URL", help="the address below which the index's readers find the README's files")
+    parser.add_argument(
+        "--files", metavar="URL", help="the address below which the index's readers find the README's files"
+    )
     parser.add_argument("--build-only", action="store_true", help="build, and check nothing")
     options = parser.parse_args()
     if not options.build_only:

@@ -17,7 +17,6 @@ from mshv_irqfd.values import DeliveryMode, GsiState, Interrupt, PartitionStats,
 
 __all__: Final = [
     "DEBUG_BUILD",
-    "VERSION",
     "Baseline",
     "Batch",
     "Device",
@@ -33,11 +32,12 @@ __all__: Final = [
     "RawPartition",
     "Vector",
     "Vectors",
+    "__version__",
     "null_partition",
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
-VERSION: Final[str]
+__version__: Final[str]
 _V = TypeVar("_V", bound=Vector)
 
 @type_check_only
