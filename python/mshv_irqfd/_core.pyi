@@ -32,10 +32,12 @@ __all__: Final = [
     "RawPartition",
     "Vector",
     "Vectors",
+    "__version__",
     "null_partition",
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
+__version__: Final[str]
 _V = TypeVar("_V", bound=Vector)
 
 @type_check_only
