@@ -75,7 +75,11 @@ fn value(object: &Bound<'_, PyAny>, path: &str, depth: usize) -> PyResult<Value>
 }
 
 fn shown(object: &Bound<'_, PyAny>) -> String {
-    let text = object.repr().map_or_else(|_| "?".into(), |text| text.to_string());
+    let Ok(text) = object.repr() else {
+        // Python refuses to print an int of thousands of digits.
+        return object.get_type().name().map_or_else(|_| "this object".into(), |name| format!("this {name}"));
+    };
+    let text = text.to_string();
     match text.char_indices().nth(200) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text,
