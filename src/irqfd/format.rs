@@ -1,6 +1,10 @@
 //! Saved states as JSON: their kinds and versions, and errors that name the key.
 
-use serde::de::DeserializeOwned;
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -62,4 +66,39 @@ pub fn nullable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     field: D,
 ) -> std::result::Result<Option<T>, D::Error> {
     Option::deserialize(field)
+}
+
+/// Reads a dict that may be null, but not be missing.
+pub fn nullable_dict<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    field: D,
+) -> std::result::Result<Option<T>, D::Error> {
+    Ok(Option::<Dict<T>>::deserialize(field)?.map(|dict| dict.0))
+}
+
+/// Reads a list of dicts.
+pub fn dicts<'de, D: Deserializer<'de>, T: Deserialize<'de>>(field: D) -> std::result::Result<Vec<T>, D::Error> {
+    Ok(Vec::<Dict<T>>::deserialize(field)?.into_iter().map(|dict| dict.0).collect())
+}
+
+/// A structure that is read from a dict alone. By itself, serde reads it from a list of its values too.
+struct Dict<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Dict<T> {
+    fn deserialize<D: Deserializer<'de>>(dict: D) -> std::result::Result<Self, D::Error> {
+        dict.deserialize_map(DictVisitor(PhantomData))
+    }
+}
+
+struct DictVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for DictVisitor<T> {
+    type Value = Dict<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a dict")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, fields: A) -> std::result::Result<Self::Value, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(fields)).map(Dict)
+    }
 }

@@ -33,7 +33,7 @@ mod vps;
 pub use batch::Batch;
 pub use config::Config;
 pub use error::{Error, Failure, Result};
-pub use format::{SavedState, nullable};
+pub use format::{SavedState, dicts, nullable, nullable_dict};
 pub use gsi::{GsiAllocator, GsiState};
 pub use ioeventfd::IoEventFd;
 pub use msi::{MsiError, MsiRoute};

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Failure, Result};
-use super::format::{SavedState, nullable};
+use super::format::{SavedState, dicts, nullable_dict};
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
 use super::partition::Partition;
@@ -23,6 +23,7 @@ use crate::hypervisor::{CallError, Operation};
 #[serde(deny_unknown_fields)]
 pub struct PartitionState {
     /// In order of GSI.
+    #[serde(deserialize_with = "dicts")]
     pub routes: Vec<RouteState>,
 }
 
@@ -32,11 +33,11 @@ impl SavedState for PartitionState {
 
 /// The state of a route.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a dict of gsi, masked, msi and pending")]
+#[serde(deny_unknown_fields)]
 pub struct RouteState {
     pub gsi: u32,
     pub masked: bool,
-    #[serde(deserialize_with = "nullable")]
+    #[serde(deserialize_with = "nullable_dict")]
     pub msi: Option<Message>,
     /// Whether a signal waits for the route to be armed.
     pub pending: bool,
@@ -44,7 +45,7 @@ pub struct RouteState {
 
 /// The address and data of an MSI, not yet checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "null or a dict of address and data")]
+#[serde(deny_unknown_fields)]
 pub struct Message {
     pub address: u64,
     pub data: u64,

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::access;
 use super::device::{AnyDevice, Changed, Device, Registers};
 use super::saved::VectorState;
-use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState};
+use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState, dicts};
 
 /// The most vectors of a device.
 pub const MSI_VECTORS: usize = 32;
@@ -117,6 +117,7 @@ pub struct MsiState {
     pub data: u16,
     pub mask_bits: u32,
     /// The vectors that have a route, a signal or a fault.
+    #[serde(deserialize_with = "dicts")]
     pub vectors: Vec<VectorState>,
 }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::access;
 use super::device::{AnyDevice, Changed, Device, Registers};
 use super::saved::VectorState;
-use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState};
+use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState, dicts};
 
 /// The most vectors of a device: the size field has 11 bits (section 6.8.2.3).
 pub const MSIX_VECTORS: usize = 2048;
@@ -81,14 +81,16 @@ pub struct MsixState {
     pub enabled: bool,
     pub function_mask: bool,
     /// The entries that are not in the reset state.
+    #[serde(deserialize_with = "dicts")]
     pub table: Vec<EntryState>,
     /// The vectors that have a route, a signal or a fault.
+    #[serde(deserialize_with = "dicts")]
     pub vectors: Vec<VectorState>,
 }
 
 /// The saved state of an entry: whatever the guest has written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a dict of vector, address, data and masked")]
+#[serde(deny_unknown_fields)]
 pub struct EntryState {
     pub vector: u32,
     pub address: u64,

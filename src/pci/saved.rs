@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::device::{Device, Registers, State};
 use super::vectors::{Faults, Vectors};
-use crate::irqfd::{Error, Message, Partition, Result, RouteState, Wanted, nullable};
+use crate::irqfd::{Error, Message, Partition, Result, RouteState, Wanted, nullable, nullable_dict};
 
 /// The state of a vector that has a route, a signal or a fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a dict of vector, gsi, msi, pending and fault")]
+#[serde(deny_unknown_fields)]
 pub struct VectorState {
     pub vector: u32,
     /// Its route's GSI, if it has a route.
@@ -20,7 +20,7 @@ pub struct VectorState {
     pub gsi: Option<u32>,
     /// The MSI with which it is armed. It is what the registers had when the vector became live, and may differ from what
     /// they have now.
-    #[serde(deserialize_with = "nullable")]
+    #[serde(deserialize_with = "nullable_dict")]
     pub msi: Option<Message>,
     /// Whether a signal waits for it to be armed.
     pub pending: bool,
