@@ -22,7 +22,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel release pythons oldest-rust docs docs-serve stubs format clean
+	bench wheel release pythons oldest-rust docs docs-serve stubs guest format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -154,6 +154,11 @@ docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it 
 
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
+
+guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
+	command -v as ld >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
+		{ echo "needs as and ld: apt install binutils"; exit 1; }
+	$(PYTHON) tools/assemble_guest.py
 
 format: $(VENV)/ready ## Format all sources
 	cargo fmt
