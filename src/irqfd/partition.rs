@@ -278,7 +278,7 @@ impl Partition {
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_closed(),
             // Closing the partition tries once more to disarm it, and needs the descriptor for that.
-            Err(_) => {}
+            Err(_) => route.event.wake_waiters(),
         }
         result
     }

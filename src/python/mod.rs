@@ -16,3 +16,4 @@ mod partition;
 pub(crate) mod probe;
 mod route;
 mod values;
+pub(crate) mod waiting;
