@@ -1,6 +1,6 @@
 //! KVM with its in-kernel interrupt controllers, `/dev/kvm`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fmt;
 use std::io;
@@ -46,7 +46,14 @@ pub struct KvmPartition {
 
 /// The vCPUs. While nothing runs them, their local APICs hold the interrupts that have arrived.
 #[derive(Default)]
-pub struct KvmVcpus(Mutex<Vec<VcpuFd>>);
+pub struct KvmVcpus(Mutex<Lapics>);
+
+#[derive(Default)]
+struct Lapics {
+    vcpus: Vec<VcpuFd>,
+    /// What was taken from the APICs together with what somebody claimed. By the place of the vCPU, and vector.
+    unclaimed: BTreeSet<(usize, u8)>,
+}
 
 fn failed(operation: Operation, call: &'static str, error: kvm_ioctls::Error) -> CallError {
     CallError::new(operation, call, error.errno())
@@ -202,7 +209,7 @@ impl Hypervisor for KvmPartition {
             }
         };
         match enable_lapic(&vcpu) {
-            Ok(()) => self.vcpus.lock().push(vcpu),
+            Ok(()) => self.vcpus.lock().vcpus.push(vcpu),
             Err(error) => {
                 self.unfinished.insert(index, vcpu);
                 return Err(error);
@@ -242,33 +249,72 @@ impl Drop for KvmPartition {
 }
 
 impl KvmVcpus {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<VcpuFd>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Lapics> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads and clears the interrupt request registers. This takes two ioctls, and an interrupt that arrives between
-    /// them is lost, so nothing may signal meanwhile.
+    /// Takes all interrupts, in order of vCPU and vector; see [`Lapics::clear`].
     pub fn take_interrupts(&self) -> io::Result<Vec<Interrupt>> {
-        let mut taken = Vec::new();
-        for vcpu in self.lock().iter() {
+        let mut lapics = self.lock();
+        lapics.clear()?;
+        Ok(std::mem::take(&mut lapics.unclaimed).into_iter().map(|(_, vector)| vector_alone(vector)).collect())
+    }
+
+    /// The interrupts that nobody has taken, in order of vCPU and vector, each with a number to claim it by. Clears no
+    /// register.
+    pub fn arrived(&self) -> io::Result<Vec<(u64, Interrupt)>> {
+        let lapics = self.lock();
+        let mut all = lapics.unclaimed.clone();
+        for (place, vcpu) in lapics.vcpus.iter().enumerate() {
+            all.extend(requested(&vcpu.get_lapic().map_err(io::Error::from)?).map(|vector| (place, vector)));
+        }
+        Ok(all.into_iter().map(|at| (number(at), vector_alone(at.1))).collect())
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them; see [`Lapics::clear`].
+    pub fn claim(&self, numbers: &[u64]) -> io::Result<bool> {
+        let mut lapics = self.lock();
+        lapics.clear()?;
+        let there = numbers.iter().all(|wanted| lapics.unclaimed.iter().any(|at| number(*at) == *wanted));
+        if there {
+            lapics.unclaimed.retain(|at| !numbers.contains(&number(*at)));
+        }
+        Ok(there)
+    }
+}
+
+impl Lapics {
+    /// Moves the bits of the interrupt request registers into `unclaimed`. This takes two ioctls for each vCPU, and an
+    /// interrupt that arrives between them is lost, so nothing may signal meanwhile.
+    fn clear(&mut self) -> io::Result<()> {
+        for (place, vcpu) in self.vcpus.iter().enumerate() {
             let mut lapic = vcpu.get_lapic().map_err(io::Error::from)?;
-            let before = taken.len();
-            for at in 0..8 {
-                let offset = INTERRUPT_REQUEST + 16 * at;
-                let bits = register(&lapic, offset);
-                taken.extend(
-                    (0..32)
-                        .filter(|bit| bits & 1 << bit != 0)
-                        .map(|bit| Interrupt { vector: (32 * at + bit) as u8, target: None }),
-                );
-                set_register(&mut lapic, offset, 0);
+            let mut any = false;
+            for vector in requested(&lapic) {
+                any = true;
+                self.unclaimed.insert((place, vector));
             }
-            if taken.len() != before {
+            if any {
+                (0..8).for_each(|at| set_register(&mut lapic, INTERRUPT_REQUEST + 16 * at, 0));
                 vcpu.set_lapic(&lapic).map_err(io::Error::from)?;
             }
         }
-        Ok(taken)
+        Ok(())
     }
+}
+
+/// The vectors whose bits are set in the interrupt request register.
+fn requested(lapic: &kvm_lapic_state) -> impl Iterator<Item = u8> {
+    let bits: [u32; 8] = std::array::from_fn(|at| register(lapic, INTERRUPT_REQUEST + 16 * at));
+    (0..=u8::MAX).filter(move |vector| bits[usize::from(vector / 32)] & 1 << (vector % 32) != 0)
+}
+
+fn number((place, vector): (usize, u8)) -> u64 {
+    (place as u64) << 8 | u64::from(vector)
+}
+
+fn vector_alone(vector: u8) -> Interrupt {
+    Interrupt { vector, target: None }
 }
 
 impl fmt::Debug for KvmVcpus {
@@ -280,8 +326,8 @@ impl fmt::Debug for KvmVcpus {
 impl Drop for KvmVcpus {
     fn drop(&mut self) {
         // No lock: in a forked child it could stay locked for ever.
-        let vcpus = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        vcpus.drain(..).for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
+        let lapics = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        lapics.vcpus.drain(..).for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
     }
 }
 

@@ -8,6 +8,9 @@ use super::Interrupt;
 use super::kvm::{KvmPartition, KvmVcpus};
 use super::simulated::{Driver, SimulatedPartition};
 
+/// The time between two looks at a register.
+const POLL: Duration = Duration::from_micros(200);
+
 /// Asks a partition's kernel for received interrupts. It holds a weak reference, so that it keeps no partition alive.
 #[derive(Debug, Default)]
 pub enum Observer {
@@ -53,10 +56,34 @@ impl Observer {
                 let taken = vcpus.take_interrupts()?;
                 if taken.is_empty() {
                     // No event announces a bit set in a register, so the caller has to poll.
-                    std::thread::sleep(wait.min(Duration::from_micros(200)));
+                    std::thread::sleep(wait.min(POLL));
                 }
                 Ok(taken)
             }
+        }
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, each with a number to claim it by. Waits at most `wait`
+    /// for one with the number `known` or above, and may return earlier without one.
+    pub fn arrived(&self, wait: Duration, known: u64) -> Result<Vec<(u64, Interrupt)>, ObserveError> {
+        match self {
+            Self::None => Err(ObserveError::Unsupported),
+            Self::Simulated(_) => Ok(self.driver()?.arrived(wait, known)),
+            Self::Kvm(vcpus) => {
+                let vcpus = vcpus.upgrade().ok_or(ObserveError::Closed)?;
+                // As in `take_interrupts`. What is there already may not be what the caller waits for.
+                std::thread::sleep(wait.min(POLL));
+                Ok(vcpus.arrived()?)
+            }
+        }
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim(&self, numbers: &[u64]) -> Result<bool, ObserveError> {
+        match self {
+            Self::None => Err(ObserveError::Unsupported),
+            Self::Simulated(_) => Ok(self.driver()?.claim(numbers)),
+            Self::Kvm(vcpus) => Ok(vcpus.upgrade().ok_or(ObserveError::Closed)?.claim(numbers)?),
         }
     }
 

@@ -349,9 +349,20 @@ impl Partition {
     /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
         self.check_open()?;
-        self.observer
-            .take_interrupts(wait)
-            .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
+        self.observer.take_interrupts(wait).map_err(unreported)
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, each with a number to claim it by. Waits at most `wait`
+    /// for one with the number `known` or above, and may return earlier without one.
+    pub fn arrived_interrupts(&self, wait: Duration, known: u64) -> Result<Vec<(u64, Interrupt)>> {
+        self.check_open()?;
+        self.observer.arrived(wait, known).map_err(unreported)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim_interrupts(&self, numbers: &[u64]) -> Result<bool> {
+        self.check_open()?;
+        self.observer.claim(numbers).map_err(unreported)
     }
 
     /// The kernel of a simulated partition.
@@ -393,6 +404,10 @@ impl Partition {
 
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn unreported(error: ObserveError) -> Error {
+    unobservable(error, "the mshv driver does not report which interrupts arrived")
 }
 
 fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {
