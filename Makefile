@@ -22,7 +22,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel stubs format clean
+	bench wheel docs docs-serve stubs format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -126,6 +126,16 @@ bench: $(VENV)/ready ## Build a release into the virtual environment and measure
 wheel: $(VENV)/ready ## Build the wheel into dist/
 	rm -rf dist
 	$(BIN)/maturin build --quiet --release --locked --out dist
+
+$(VENV)/docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/docs ## Build the docs site into target/site; warnings and broken links are errors
+	$(RUN) tools/site.py
+
+docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it on every change
+	$(BIN)/zensical serve
 
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py

@@ -106,7 +106,7 @@ impl MsixTable {
     /// Args:
     ///     offset: the offset from the table's first byte.
     ///     data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
-    ///     ignored.
+    ///         ignored.
     fn write_table(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let (offset, data) = (arguments::access(offset, "offset")?, arguments::bytes(data)?);
         Ok(py.detach(|| self.0.write_table(offset, &data))?)
