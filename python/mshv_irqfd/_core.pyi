@@ -32,10 +32,12 @@ __all__: Final = [
     "RawPartition",
     "Vector",
     "Vectors",
+    "__version__",
     "null_partition",
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
+__version__: Final[str]
 _V = TypeVar("_V", bound=Vector)
 
 @type_check_only
@@ -1161,6 +1163,12 @@ class Partition:
         """
 
     def _take_interrupts(self, timeout: float) -> list[Interrupt]: ...
+    def _lend_vcpu(self, index: int) -> int:
+        """For a program that runs a guest: a new descriptor of a vCPU of KVM. The caller closes it."""
+
+    def _take_vcpus_back(self) -> None:
+        """For a program that ran a guest: nobody runs the lent vCPUs any more."""
+
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...

@@ -1,6 +1,6 @@
 //! A partition: its GSIs, routes, doorbells and VPs, and the lock that guards every call into its kernel.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
@@ -400,6 +400,20 @@ impl Partition {
             .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
     }
 
+    /// A duplicate of the descriptor of a vCPU that was made here, for someone who runs it. Until `take_vcpus_back`,
+    /// `take_interrupts` is refused: the guest takes them.
+    pub fn lend_vcpu(&self, index: u8) -> Result<OwnedFd> {
+        self.check_open()?;
+        let vcpu = self.observer.lend_vcpu(index).map_err(|error| unobservable(error, ONLY_KVM))?;
+        vcpu.ok_or_else(|| Error::Invalid(format!("this partition made no VP {index}")))
+    }
+
+    /// Takes the lent vCPUs back: nobody runs them any more.
+    pub fn take_vcpus_back(&self) -> Result {
+        self.check_open()?;
+        self.observer.take_vcpus_back().map_err(|error| unobservable(error, ONLY_KVM))
+    }
+
     /// The kernel of a simulated partition.
     pub fn simulated(&self) -> Result<Arc<Driver>> {
         self.check_open()?;
@@ -437,6 +451,8 @@ impl Partition {
     }
 }
 
+const ONLY_KVM: &str = "only KVM has vCPUs that a program can run";
+
 fn closed() -> Error {
     Error::Closed("the partition".into())
 }
@@ -445,6 +461,9 @@ fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {
     match error {
         ObserveError::Closed => closed(),
         ObserveError::Unsupported => Error::Unobservable(unsupported),
+        ObserveError::Running => Error::Unsupported(
+            "a guest runs on the vCPUs and takes the interrupts itself; ask the guest, or stop it first".into(),
+        ),
         ObserveError::Io(error) => {
             Failure::new(CallError::of(Operation::Observe, "KVM_GET_LAPIC or KVM_SET_LAPIC", &error), None).into()
         }

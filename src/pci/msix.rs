@@ -262,7 +262,7 @@ fn place(name: &str, bar: u64, offset: u64, length: usize) -> Result<Range<u64>>
     if bar >= BARS {
         return Err(Error::Invalid(format!("{name}_bar {bar} is out of range; a device has BARs 0 to 5")));
     }
-    if !offset.is_multiple_of(8) {
+    if offset % 8 != 0 {
         return Err(Error::Invalid(format!("{name}_offset {offset:#x} is not a multiple of 8")));
     }
     match offset.checked_add(length as u64) {

@@ -1,6 +1,6 @@
 //! `Partition` in Python.
 
-use std::os::fd::RawFd;
+use std::os::fd::{IntoRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -390,6 +390,16 @@ impl Partition {
             }
             py.check_signals()?;
         }
+    }
+
+    /// For a program that runs a guest: a new descriptor of a vCPU of KVM. The caller closes it.
+    fn _lend_vcpu(&self, py: Python<'_>, index: u8) -> PyResult<RawFd> {
+        Ok(py.detach(|| self.core.lend_vcpu(index))?.into_raw_fd())
+    }
+
+    /// For a program that ran a guest: nobody runs the lent vCPUs any more.
+    fn _take_vcpus_back(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.core.take_vcpus_back())?)
     }
 
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
