@@ -7,6 +7,7 @@
 | `console` | run by a shell: what follows a `$ `, and the output shown below it is compared |
 | `output`, or none | compared with what the `python` block before it printed; `...` stands for anything |
 | `json`, `toml` without a title | parsed |
+| `sh` | commands of the Makefile, which are only looked up there |
 
 A comment before a fence says what else it needs: `<!-- needs: kvm -->` runs it where that backend is. A command that
 sets a machine up is not run again: `<!-- in: Makefile -->` demands that each command of the fence is in that file of
@@ -168,7 +169,7 @@ def compare(shown: str, printed: str) -> str | None:
 
 def known(text: str, file: Path) -> str | None:
     """Which commands are not in a file of the project."""
-    for command in re.findall(r"^\$ (.*)$", text, re.MULTILINE):
+    for command in re.findall(r"^\$ (.+?)(?: +#.*)?$", text, re.MULTILINE):
         if (verb := re.fullmatch(r"make ([\w-]+)(?: [A-Z_]+=.*)?", command)) and file.name == "Makefile":
             if not re.search(rf"^{verb[1]}:.*##", file.read_text(), re.MULTILINE):
                 return f"the Makefile has no {verb[1]}"
@@ -183,6 +184,7 @@ KINDS: dict[str, Callable[[Example], str | None]] = {
     "console": lambda example: session(example.parsed),
     "json": parsed(json.loads),
     "toml": parsed(tomllib.loads),
+    "sh": lambda example: known(re.sub("^", "$ ", example.parsed, flags=re.MULTILINE), PROJECT / "Makefile"),
     "in": lambda example: known(example.parsed, PROJECT / example.region.lexemes["value"]),
     "shortened": lambda example: session(shortened(example.parsed, example.region.lexemes["value"])),
 }
