@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import _interrupts
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mshv_irqfd._interrupts import Expected
-    from mshv_irqfd.handles import SimulatedCall
+    from mshv_irqfd.handles import _SimulatedCall
     from mshv_irqfd.values import Interrupt
 
 __all__ = ["BACKENDS", "available_backends", "expect", "expect_nothing", "failing", "unavailable"]
@@ -48,7 +47,9 @@ BACKENDS = ("simulated", "kvm", "mshv")
 """The names of all backends."""
 
 
-@cache
+_reasons: dict[str, str | None] = {}
+
+
 def unavailable(backend: str) -> str | None:
     """The reason why this machine can't open partitions of a backend, and a remedy; None if it can.
 
@@ -57,11 +58,14 @@ def unavailable(backend: str) -> str | None:
     Raises:
         ValueError: no backend has this name.
     """
-    try:
-        open_partition(backend).close()
-    except HypervisorUnavailableError as error:
-        return str(error)
-    return None
+    if backend not in _reasons:
+        try:
+            open_partition(backend).close()
+        except HypervisorUnavailableError as error:
+            _reasons[backend] = str(error)
+        else:
+            _reasons[backend] = None
+    return _reasons[backend]
 
 
 def available_backends() -> list[str]:
@@ -130,7 +134,7 @@ def expect_nothing(partition: Partition) -> None:
 
 @contextmanager
 def failing(
-    partition: SimulatedPartition, call: SimulatedCall, errno: int, *, after: int = 0, times: int = 1
+    partition: SimulatedPartition, call: _SimulatedCall, errno: int, *, after: int = 0, times: int = 1
 ) -> Iterator[None]:
     """Makes calls into a simulated kernel fail within a `with` block, and asserts that they were made.
 
