@@ -147,7 +147,7 @@ $(VENV)/docs: $(VENV)/ready requirements-docs.txt
 	touch $@
 
 docs: $(VENV)/docs ## Build the docs site into target/site; warnings and broken links are errors
-	$(RUN) tools/site.py
+	$(RUN) tools/docs_site.py
 
 docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it on every change
 	$(BIN)/zensical serve
