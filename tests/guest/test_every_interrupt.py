@@ -1,7 +1,8 @@
 """Every interrupt is accounted for: a thread retargets, masks and batches while another signals and counts what comes.
 
 Each signal becomes one interrupt, at a message that its route had between the signal and the interrupt. A second one is
-explained only if a change of the route overlapped the signal. `MSHV_IRQFD_TAKEN` sets how many interrupts are taken.
+explained only if a change of the route overlapped the signal, and never on KVM, whose irqfd reads the counter as soon as
+it sees a signal. `MSHV_IRQFD_TAKEN` sets how many interrupts are taken.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ class Figures:
 class Scene:
     """The routes, and the two threads' work on them."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, *, repeats: bool) -> None:
         self.guest = guest
+        self.repeats = repeats
+        """Whether a signal that overlaps a change may be delivered twice."""
         self.figures = Figures()
         self.changes, self.signals = random.Random(1), random.Random(2)
         self.masked: deque[Signalled] = deque()
@@ -155,8 +158,9 @@ class Scene:
 
         until(all_came, f"every signal arrives: {self.figures}")
         for one in some:
-            one.may_repeat = one.begun != one.quiet
-            self.figures.overlapped += one.may_repeat
+            overlapped = one.begun != one.quiet
+            one.may_repeat = overlapped and self.repeats
+            self.figures.overlapped += overlapped
 
     def account(self, arrived: list[Interrupt]) -> None:
         self.figures.interrupts += len(arrived)
@@ -170,11 +174,11 @@ class Scene:
                 self.figures.problems.append(f"{interrupt} is not at any of {one.had[one.since :]}, of {one.route}")
             if one.due:
                 one.due = False
-            elif one.may_repeat or one.begun != one.quiet:
+            elif one.may_repeat or (self.repeats and one.begun != one.quiet):
                 one.may_repeat = False
                 self.figures.repeated += 1
             else:
-                self.figures.problems.append(f"{interrupt} came again, although nothing overlapped its signal")
+                self.figures.problems.append(f"{interrupt} came once more than {one.route} was signalled")
 
 
 @pytest.mark.timeout(TAKEN // 500 + 120)
@@ -187,7 +191,7 @@ def test_each_signal_is_taken_as_one_interrupt_while_routes_change(
         pytest.skip("the root scheduler may show several interrupts as one: run the core scheduler")
     # With so many routes a partition of KVM moves them, although it does not quiesce its pushes.
     others = [guest.partition.new_irqfd_route() for _ in range(MANY if mode == "loaded" else 0)]
-    scene = Scene(guest)
+    scene = Scene(guest, repeats=backend.name != "kvm")
     stop, errors = threading.Event(), list[BaseException]()
 
     def change() -> None:

@@ -104,7 +104,7 @@ class Guest(ABC):
         if self.merges:
             for one in told.keys() & wanted.keys():
                 wanted[one] = min(wanted[one], told[one])
-        assert told == wanted
+        assert told == wanted, f"arrived: {dict(told)}; expected: {dict(wanted)}"
 
     def gets(self, expected: MsiRoute, *, once: bool = True) -> None:
         """Waits for this interrupt, and asserts that no other comes with it. Does not touch armed irqfds.
