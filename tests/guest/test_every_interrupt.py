@@ -1,8 +1,8 @@
 """Every interrupt is accounted for: a thread retargets, masks and batches while another signals and counts what comes.
 
 Each signal becomes one interrupt, at a message that its route had between the signal and the interrupt. A second one is
-explained only if a change of the route overlapped the signal, and never on KVM, whose irqfd reads the counter as soon as
-it sees a signal. `MSHV_IRQFD_TAKEN` sets how many interrupts are taken.
+explained only if a change of the route overlapped the signal, and never on KVM, whose irqfd reads the counter when it
+sees a signal. `MSHV_IRQFD_TAKEN` sets how many interrupts are taken.
 """
 
 from __future__ import annotations

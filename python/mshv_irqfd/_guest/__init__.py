@@ -360,7 +360,7 @@ class CountingGuest:
 
     def _check(self, vp: _Vp) -> None:
         if vp.failure is not None:
-            raise GuestError(f"VP {vp.index} failed") from vp.failure
+            raise GuestError(f"VP {vp.index} failed: {vp.failure}") from vp.failure
 
     def close(self) -> None:
         """Stops the VPs, and takes the guest's memory from the VM if that is still open. Closing twice is fine.
