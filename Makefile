@@ -156,7 +156,7 @@ stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
 
 guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
-	command -v as ld >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
+	command -v as >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
 		{ echo "needs as and ld: apt install binutils"; exit 1; }
 	$(PYTHON) tools/assemble_guest.py
 
