@@ -45,7 +45,7 @@
 #define TABLE 0x4000
 
 struct shared {
-	atomic_int stop;
+	atomic_int stop, spread, settled;	/* spread: workers may run on any CPU; settled: how many have obeyed */
 	struct disk {
 		atomic_ulong reads, writes, flushes, done, slowest_us;
 		uint32_t generations[BLOCKS];
@@ -150,18 +150,26 @@ static void __attribute__((noreturn)) work(int disk, int worker)
 	uint64_t random = 88172645463325252u + 1000 * disk + worker, *buffer;
 	uint32_t number, count, first;
 	int fd = open_disk(disk);
-	cpu_set_t set;
+	int spread = -1;
 
 	if (posix_memalign((void **)&buffer, BLOCK, 8 * BLOCK))
 		fail("memory");
-	CPU_ZERO(&set);
-	CPU_SET(worker % cpus, &set);
 	for (unsigned turn = 0; !shared->stop; turn++) {
 		double begin;
 		unsigned long took;
 
-		if (turn % 16 == 0)
-			sched_setaffinity(0, sizeof(set), &set);	/* fails while that CPU is off line */
+		if (spread != shared->spread) {
+			cpu_set_t set;
+
+			spread = shared->spread;
+			CPU_ZERO(&set);
+			for (int cpu = 0; cpu < cpus; cpu++)
+				if (spread || cpu == worker % cpus)
+					CPU_SET(cpu, &set);
+			if (sched_setaffinity(0, sizeof(set), &set))
+				fail("sched_setaffinity");
+			shared->settled++;
+		}
 		random ^= random << 13;
 		random ^= random >> 7;
 		random ^= random << 17;
@@ -437,14 +445,29 @@ static void mask(void)
 	}
 }
 
+static void settle(int spread)
+{
+	double deadline = now() + PATIENCE;
+
+	shared->settled = 0;
+	shared->spread = spread;
+	while (shared->settled < disks * WORKERS) {
+		if (now() > deadline)
+			fail("%d workers have moved", shared->settled);
+		nap();
+	}
+}
+
 static void offline(int cpu)
 {
 	char path[64];
 
 	snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu%d/online", cpu);
+	settle(1);
 	must_tell(path, "0");
 	progress("a CPU off line");
 	must_tell(path, "1");
+	settle(0);
 	progress("the CPU on line again");
 }
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 
 from .machine import Machine
@@ -22,7 +23,10 @@ def main() -> None:
     parser.add_argument("--kernel", type=Path, required=True, help="a bzImage")
     parser.add_argument("--initrd", type=Path, help="an initramfs")
     parser.add_argument("--disk", type=Path, action="append", default=[], help="a file or block device; may be repeated")
-    parser.add_argument("--vectors", type=int, help="MSI-X vectors of each disk (default: one a CPU and one more)")
+    parser.add_argument(
+        "--vectors", type=int, action="append", default=[], metavar="N",
+        help="MSI-X vectors of the disk; in the order of the disks (default: one a CPU and one more)",
+    )  # fmt: skip
     parser.add_argument("--cpus", type=int, default=2, help="at most 8 (default: 2)")
     parser.add_argument("--memory", type=int, default=256, metavar="MB", help="default: 256")
     parser.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
@@ -36,16 +40,18 @@ def main() -> None:
 
     with ExitStack() as stack:
         machine = stack.enter_context(Machine(memory=args.memory << 20, cpus=args.cpus, output=show))
-        for path in args.disk:
+        for path, vectors in zip_longest(args.disk, args.vectors[: len(args.disk)]):
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             stack.callback(os.close, file)
-            machine.add_disk(file, vectors=args.vectors or args.cpus + 1)
+            machine.add_disk(file, vectors=vectors or args.cpus + 1)
         if sys.stdin.isatty():
             machine.type_from(sys.stdin.fileno())
         initrd = args.initrd.read_bytes() if args.initrd else b""
-        machine.run(args.kernel.read_bytes(), initrd, f"{COMMAND_LINE} {args.append}")
-        if args.report:
-            args.report.write_text(json.dumps(report(machine), indent=1))
+        try:
+            machine.run(args.kernel.read_bytes(), initrd, f"{COMMAND_LINE} {args.append}")
+        finally:
+            if args.report:
+                args.report.write_text(json.dumps(report(machine), indent=1))
 
 
 def report(machine: Machine) -> dict[str, object]:

@@ -32,6 +32,7 @@ KVM_SET_REGS: Final = 0x4090AE82
 KVM_GET_SREGS: Final = 0x8138AE83
 KVM_SET_SREGS: Final = 0x4138AE84
 KVM_SET_CPUID2: Final = 0x4008AE90
+KVM_SET_TSC_KHZ: Final = 0xAEA2
 
 KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN = 2, 6, 8
 
@@ -106,6 +107,9 @@ class Vcpu:
         self._ports, self._mmio = ports, mmio
         self._stopping = False
         fcntl.ioctl(self._fd, KVM_SET_CPUID2, _cpuid(kvm, index))
+        # At the host's rate. KVM's default is the rate measured when KVM started, which may be off a little; a KVM that
+        # can't scale refuses it then, and the deadlines of the guest's timers are wrong.
+        fcntl.ioctl(self._fd, KVM_SET_TSC_KHZ, 0)
 
     def enter_at(self, address: int, rsi: int) -> None:
         """Sets the registers for 32-bit code: flat segments, no paging, interrupts off."""
@@ -188,7 +192,7 @@ def _cpuid(kvm: int, index: int) -> bytes:
             eax = 1  # the last basic leaf
         elif leaf == 1:
             ebx = ebx & 0xFFFF | index << 24
-            ecx |= 1 << 31 | 1 << 24  # KVM emulates the timer's TSC deadline, but does not list it
+            ecx |= 1 << 24  # the kernel's local APIC has it, but KVM leaves it to the VMM to say so
         elif leaf == 0x80000000:
             eax = 0x80000008
         elif leaf == 0x80000008:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Ledger:
     """Counts the pushes of a partition by their reasons, access by access.
 
-    A push has one good reason: a message that the kernel's table did not have.
+    A push has one good reason: the kernel's table lacks the message of a vector, at a GSI where the vector may be armed.
     """
 
     def __init__(self, partition: Partition) -> None:
@@ -28,12 +28,9 @@ class Ledger:
     def access(self, kind: str) -> Iterator[None]:
         """An access of this kind, which may push."""
         with self._lock:
-            before, had = self._partition.stats(), self._messages()
+            before, had = self._partition.stats(), set(self._partition.routing_table())
             yield
             pushes = self._partition.stats().pushes - before.pushes
             if pushes:
-                new = len(self._messages() - had)
+                new = len(set(self._partition.routing_table()) - had)
                 self.pushes[f"{kind}: {new} new" if pushes == 1 and new else f"{kind}: unexplained"] += pushes
-
-    def _messages(self) -> set[tuple[int, int]]:
-        return {(entry.address, entry.data) for entry in self._partition.routing_table()}
