@@ -525,8 +525,20 @@ class Device:
 
         Returns:
             Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
-            vector is among them until it is next unmasked with success, or the device is reset. A vector that another
-            route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+            vector is among them until it is next unmasked with success, `retry_faults()` succeeds for it, or the device
+            is reset. A vector that another route's failed call left disarmed is among them (EAGAIN) until a push has
+            armed it again.
+        """
+
+    def retry_faults(self) -> list[tuple[int, Exception]]:
+        """Tries again to arm and disarm the vectors in `faults()`, with one push at most.
+
+        For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
+        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
+        is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+
+        Returns:
+            The vectors that failed again, as `faults()` does.
         """
 
     def close(self) -> None:

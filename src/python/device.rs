@@ -71,6 +71,11 @@ impl Device {
     }
 }
 
+/// Faults for Python.
+fn listed<'py>(py: Python<'py>, faults: &[(usize, Arc<irqfd::Error>)]) -> PyResult<Bound<'py, PyList>> {
+    PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
+}
+
 #[pymethods]
 impl Device {
     /// The partition that gets the interrupts.
@@ -97,11 +102,25 @@ impl Device {
     ///
     /// Returns:
     ///     Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
-    ///     vector is among them until it is next unmasked with success, or the device is reset. A vector that another
-    ///     route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+    ///     vector is among them until it is next unmasked with success, `retry_faults()` succeeds for it, or the device
+    ///     is reset. A vector that another route's failed call left disarmed is among them (EAGAIN) until a push has
+    ///     armed it again.
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let faults = py.detach(|| self.core.faults())?;
-        PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
+        listed(py, &faults)
+    }
+
+    /// Tries again to arm and disarm the vectors in `faults()`, with one push at most.
+    ///
+    /// For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
+    /// writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
+    /// is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+    ///
+    /// Returns:
+    ///     The vectors that failed again, as `faults()` does.
+    fn retry_faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let faults = py.detach(|| self.core.retry())?;
+        listed(py, &faults)
     }
 
     /// Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.

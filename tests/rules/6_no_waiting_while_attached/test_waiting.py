@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from driver import DATA, ENTRY, Driver
 from modes import in_both_modes
 from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
 from support import PATIENCE, msi, refusal, still_works
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from backends import Backend, Guest
+    from mshv_irqfd import MsixTable
 
 
 @pytest.fixture
@@ -95,6 +97,45 @@ def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
         pusher.join()
     for route in routes:
         route.close()
+
+
+LONG_OF_A_TABLE: dict[str, Callable[[MsixTable, int], object]] = {
+    "read_table": lambda table, _: table.read_table(0, 4),
+    "write_table": lambda table, turn: table.write_table(ENTRY + DATA, bytes([turn % 2, 0, 0, 0])),
+    "message_control": lambda table, _: table.message_control,
+    "write_message_control": lambda table, _: table.write_message_control(0, b"\0"),
+    "capability": lambda table, _: table.capability(table_bar=0, table_offset=0, pba_bar=1, pba_offset=0),
+    "faults": lambda table, _: table.faults(),
+    "retry_faults": lambda table, _: table.retry_faults(),
+    "masked": lambda table, _: table.vectors[0].masked,
+    "event": lambda table, _: table.vectors[1].event,
+    "reset": lambda table, _: table.reset(),
+}
+
+
+@pytest.mark.parametrize("operation", LONG_OF_A_TABLE.values(), ids=LONG_OF_A_TABLE)
+@pytest.mark.usefixtures("unforced")
+def test_the_interpreter_runs_on_while_a_call_waits_for_the_registers_of_a_table(
+    guest: Guest, operation: Callable[[MsixTable, int], object]
+) -> None:
+    stop = threading.Event()
+    with Driver(guest, 64) as driver:
+
+        def enable() -> None:
+            turn = 0
+            while not stop.is_set():
+                turn += 1
+                driver.bring_up(*(msi(0x41 + turn % 2) for _ in range(64)))
+                driver.control(0)
+                time.sleep(0)
+
+        enabler = threading.Thread(target=enable)
+        enabler.start()
+        try:
+            assert runs_meanwhile(lambda turn: operation(driver.table, turn))
+        finally:
+            stop.set()
+            enabler.join()
 
 
 @in_both_modes
