@@ -22,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.vmm", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", type=Path, required=True, help="a bzImage")
     parser.add_argument("--initrd", type=Path, help="an initramfs")
-    parser.add_argument("--disk", type=Path, action="append", default=[], help="a file or block device; may be repeated")
+    parser.add_argument(
+        "--disk", type=Path, action="append", default=[], help="a file or block device; may be repeated"
+    )
     parser.add_argument(
         "--vectors", type=int, action="append", default=[], metavar="N",
         help="MSI-X vectors of the disk; in the order of the disks (default: one a CPU and one more)",

@@ -40,13 +40,20 @@ MEMORY_LIMIT: Final = 0x7000_0000
 """The end of the largest guest memory. Above are three pages for KVM itself and the devices' BARs."""
 _TSS: Final = 0x7FFF_0000
 
-# The processor that the guest sees: any x86-64, with what KVM offers of these features. There is no XSAVE among them,
-# nor anything that needs it, as the VMM keeps no extended state.
-_FEATURES: Final[dict[int, tuple[int, int]]] = {  # leaf: bits of ECX and EDX
-    1: (1 << 0 | 1 << 13 | 1 << 21 | 1 << 24 | 1 << 31, ~(1 << 28)),  # SSE3, CX16, x2APIC, TSC deadline, hypervisor
-    0x80000001: (1 << 0, 1 << 11 | 1 << 20 | 1 << 29),  # LAHF; SYSCALL, NX, long mode
+# The processor that the guest sees: any x86-64, with what KVM offers of these leaves: the bits of EAX to EDX that stay.
+# There is no XSAVE, nor anything that needs it, as the VMM keeps no extended state; and each CPU is a package.
+_ALL: Final = 0xFFFFFFFF
+_CPUID: Final = {
+    0: (0, _ALL, _ALL, _ALL),  # and 1 is the last basic leaf
+    1: (_ALL, 0xFFFF, 1 << 0 | 1 << 13 | 1 << 21 | 1 << 31, _ALL ^ 1 << 28),  # SSE3, CX16, x2APIC, hypervisor
+    0x40000000: (_ALL,) * 4,
+    0x40000001: (_ALL,) * 4,
+    0x80000000: (0, _ALL, _ALL, _ALL),  # and 0x80000008 is the last extended leaf
+    0x80000001: (_ALL, _ALL, 1 << 0, 1 << 11 | 1 << 20 | 1 << 29),  # LAHF; SYSCALL, NX, long mode
+    **dict.fromkeys(range(0x80000002, 0x80000008), (_ALL,) * 4),
+    0x80000008: (_ALL, 0, 0, 0),
 }
-_LEAVES: Final = {0, 1, 0x40000000, 0x40000001, *range(0x80000000, 0x80000009)}
+_TSC_DEADLINE: Final = 1 << 24  # the kernel's local APIC has it, but leaves it to the VMM to say so
 
 
 class Bus(Protocol):
@@ -183,19 +190,12 @@ def _cpuid(kvm: int, index: int) -> bytes:
     fcntl.ioctl(kvm, KVM_GET_SUPPORTED_CPUID, offered)
     (number,) = struct.unpack_from("<I", offered)
     kept = []
-    for leaf, subleaf, flags, eax, ebx, ecx, edx in struct.iter_unpack("<7I12x", offered[8 : 8 + 40 * number]):
-        if leaf not in _LEAVES:
-            continue
-        if leaf in _FEATURES:
-            ecx, edx = ecx & _FEATURES[leaf][0], edx & _FEATURES[leaf][1]
-        if leaf == 0:
-            eax = 1  # the last basic leaf
-        elif leaf == 1:
-            ebx = ebx & 0xFFFF | index << 24
-            ecx |= 1 << 24  # the kernel's local APIC has it, but KVM leaves it to the VMM to say so
-        elif leaf == 0x80000000:
-            eax = 0x80000008
-        elif leaf == 0x80000008:
-            ebx, ecx = 0, 0
-        kept.append(struct.pack("<7I12x", leaf, subleaf, flags, eax, ebx, ecx, edx))
+    for leaf, subleaf, flags, *registers in struct.iter_unpack("<7I12x", offered[8 : 8 + 40 * number]):
+        if leaf in _CPUID:
+            added = {0: (1,), 1: (0, index << 24, _TSC_DEADLINE), 0x80000000: (0x80000008,)}.get(leaf, ())
+            shown = [
+                value & keep | add
+                for value, keep, add in zip(registers, _CPUID[leaf], (*added, 0, 0, 0, 0)[:4], strict=True)
+            ]
+            kept.append(struct.pack("<7I12x", leaf, subleaf, flags, *shown))
     return struct.pack("<II", len(kept), 0) + b"".join(kept)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Ledger:
     """Counts the pushes of a partition by their reasons, access by access.
 
-    A push has one good reason: the kernel's table lacks the message of a vector, at a GSI where the vector may be armed.
+    A push has one good reason: the kernel's table lacks a vector's message at each GSI where the vector may be armed.
     """
 
     def __init__(self, partition: Partition) -> None:

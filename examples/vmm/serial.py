@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 PORT: Final = 0x3F8
 IRQ: Final = 4
 
-_DATA, _ENABLE, _IDENTITY, _LINE_CONTROL, _MODEM_CONTROL, _LINE_STATUS, _MODEM_STATUS, _SCRATCH = range(8)
+_ENABLE, _LINE_CONTROL, _MODEM_CONTROL = 1, 3, 4
 _DIVISOR_ACCESS = 0x80
 _RECEIVED, _EMPTY = 1, 2  # of the interrupt enable register
 
@@ -57,10 +57,8 @@ class Serial:
                     value = 0x60 | bool(self._input)
                 case 6:
                     control = self._registers[_MODEM_CONTROL]
-                    if control & 0x10:  # loopback: the outputs are the inputs
-                        value = (control & 0xC) << 4 | (control & 2) << 3 | (control & 1) << 5
-                    else:
-                        value = 0xB0  # carrier, ready, clear to send
+                    loop = (control & 0xC) << 4 | (control & 2) << 3 | (control & 1) << 5  # the outputs are the inputs
+                    value = loop if control & 0x10 else 0xB0  # carrier, ready, clear to send
                 case _:
                     value = self._registers[offset]
             self._update()
