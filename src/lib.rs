@@ -58,6 +58,7 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         crate::python::errors::look_up(module.py())
     }
 }

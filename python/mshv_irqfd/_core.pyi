@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
 
 from typing_extensions import disjoint_base
 
@@ -32,10 +32,12 @@ __all__: Final = [
     "RawPartition",
     "Vector",
     "Vectors",
+    "__version__",
     "null_partition",
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
+__version__: Final[str]
 _V = TypeVar("_V", bound=Vector)
 
 @type_check_only
@@ -626,6 +628,48 @@ class MsixTable(Device):
     def vectors(self) -> Vectors[MsixVector]:
         """The vectors, a sequence."""
 
+    def save(self) -> dict[str, Any]:
+        """Saves the registers and the vectors, for a snapshot or a migration.
+
+        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
+        disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a vector's route is broken.
+            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
+        """
+
+    @classmethod
+    def restore(
+        cls,
+        partition: Partition,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self:
+        """The table that was saved, with its registers, GSIs and pending signals, or an error and no change.
+
+        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
+        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
+        with the same text, until the guest unmasks it again.
+
+        Args:
+            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
+                which could take their GSIs.
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
+                each vector makes a new one.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `partition.gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a vector that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
+
     def read_table(self, offset: int, size: int) -> int:
         """Reads the table, for the guest.
 
@@ -650,7 +694,7 @@ class MsixTable(Device):
         Args:
             offset: the offset from the table's first byte.
             data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
-            ignored.
+                ignored.
         """
 
     def read_pba(self, offset: int, size: int) -> int:
@@ -745,6 +789,48 @@ class MsiCapability(Device):
     @property
     def vectors(self) -> Vectors[MsiVector]:
         """The vectors, a sequence."""
+
+    def save(self) -> dict[str, Any]:
+        """Saves the registers and the vectors, for a snapshot or a migration.
+
+        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
+        disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a vector's route is broken.
+            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
+        """
+
+    @classmethod
+    def restore(
+        cls,
+        partition: Partition,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self:
+        """The capability that was saved, with its registers, GSIs and pending signals, or an error and no change.
+
+        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
+        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
+        with the same text, until the guest unmasks it again.
+
+        Args:
+            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
+                which could take their GSIs.
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
+                each vector makes a new one.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `partition.gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a vector that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
 
     def read_config(self, offset: int, size: int) -> int:
         """Reads the capability in configuration space, for the guest.
@@ -985,6 +1071,57 @@ class Partition:
             IrqFdError: `event` is not open (EBADF), or the process has too many open files (EMFILE).
         """
 
+    @property
+    def ioeventfds(self) -> list[PublicIoEventFd]:
+        """The open doorbells, in a list ordered by address; those on I/O ports come last."""
+
+    def save(self) -> dict[str, Any]:
+        """Saves the state of the routes, for a snapshot or a migration.
+
+        The routes of devices are not in it: `MsixTable.save()` and `MsiCapability.save()` have those of theirs. Nor is
+        any descriptor, nor a VP. `docs/saved-state.md` describes the state, key by key.
+
+        Takes nothing away, and changes no route. Each armed route is disarmed for the moment in which its eventfd is
+        looked at, so that every signal so far is either in a VP's local APIC or pending in the state: stop the VPs
+        first, and save their state afterwards. Arming the route again raises the interrupt for the signals since then.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a route is broken. Close it.
+            IrqFdError: the kernel refused to disarm a route, or to arm it again.
+        """
+
+    def restore(
+        self,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | None = None,
+        ring_doorbells: bool = False,
+    ) -> dict[int, PublicIrqFdRoute]:
+        """Makes the routes of a saved state, with their GSIs, masks, MSIs and pending signals, or changes nothing.
+
+        Makes one push at most. A pending signal is delivered once: now if the route is armed, or when it is. Restore
+        all states before making other routes, which could take their GSIs. The state may come from another backend.
+
+        Args:
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: the caller's eventfds, in a mapping from GSIs, each an int or an object with `fileno()`. The routes
+                duplicate them, and deliver what is pending in them. By default each route makes a new eventfd.
+            ring_doorbells: whether to ring every open doorbell of the partition once, after that. No state has the
+                rings that were in flight, so a device should look at each of its queues when it resumes.
+
+        Returns:
+            The routes by GSI, in a dict ordered by GSI.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a route that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
+
     def create_vp(self, index: int) -> None:
         """Creates the VP with this index, which is also its APIC id.
 
@@ -1026,6 +1163,12 @@ class Partition:
         """
 
     def _take_interrupts(self, timeout: float) -> list[Interrupt]: ...
+    def _lend_vcpu(self, index: int) -> int:
+        """For a program that runs a guest: a new descriptor of a vCPU of KVM. The caller closes it."""
+
+    def _take_vcpus_back(self) -> None:
+        """For a program that ran a guest: nobody runs the lent vCPUs any more."""
+
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...

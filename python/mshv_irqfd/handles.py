@@ -131,14 +131,19 @@ class KvmPartition(Partition):
     def take_interrupts(self, timeout: float = 0.0) -> list[Interrupt]:
         """Takes the interrupts that are pending in the local APICs of the vCPUs that this partition created.
 
-        The APIC records that a vector was raised, not how often. The result is exact only while no signal is in
-        flight: an interrupt that arrives between the ioctl that reads a register and the one that clears it is lost.
+        The APIC has one bit for each vector: it tells that a vector was raised, and neither how often, nor in which
+        order. Where nobody runs the vCPUs, as here, nobody takes an interrupt before the next. The result is exact only
+        while no signal is in flight: an interrupt that arrives between the ioctl that reads a register and the one
+        that clears it is lost. What a running guest takes is not in these registers.
 
         Args:
             timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
 
         Returns:
             `Interrupt`s in order of VP and vector. Only their vector is known.
+
+        Raises:
+            io.UnsupportedOperation: a guest runs on the vCPUs (`mshv-irqfd demo` runs one), and takes the interrupts.
         """
         return self._take_interrupts(timeout)
 

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_API_VERSION, kvm_irqchip, kvm_lapic_state};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -46,7 +46,14 @@ pub struct KvmPartition {
 
 /// The vCPUs. While nothing runs them, their local APICs hold the interrupts that have arrived.
 #[derive(Default)]
-pub struct KvmVcpus(Mutex<Vec<VcpuFd>>);
+pub struct KvmVcpus(Mutex<Vcpus>);
+
+#[derive(Default)]
+struct Vcpus {
+    by_index: BTreeMap<u8, VcpuFd>,
+    /// Whether someone may run them.
+    lent: bool,
+}
 
 fn failed(operation: Operation, call: &'static str, error: kvm_ioctls::Error) -> CallError {
     CallError::new(operation, call, error.errno())
@@ -202,7 +209,9 @@ impl Hypervisor for KvmPartition {
             }
         };
         match enable_lapic(&vcpu) {
-            Ok(()) => self.vcpus.lock().push(vcpu),
+            Ok(()) => {
+                self.vcpus.lock().by_index.insert(index, vcpu);
+            }
             Err(error) => {
                 self.unfinished.insert(index, vcpu);
                 return Err(error);
@@ -242,15 +251,36 @@ impl Drop for KvmPartition {
 }
 
 impl KvmVcpus {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<VcpuFd>> {
+    fn lock(&self) -> MutexGuard<'_, Vcpus> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A duplicate of a vCPU's descriptor, for someone who runs the vCPU; `None` if there is no such vCPU.
+    pub fn lend(&self, index: u8) -> io::Result<Option<OwnedFd>> {
+        let mut vcpus = self.lock();
+        let own =
+            vcpus.by_index.get(&index).map(|vcpu| descriptor::owned_duplicate(vcpu.as_raw_fd())).transpose()?;
+        vcpus.lent |= own.is_some();
+        Ok(own)
+    }
+
+    /// Takes note that nobody runs the vCPUs any more.
+    pub fn take_back(&self) {
+        self.lock().lent = false;
     }
 
     /// Reads and clears the interrupt request registers. This takes two ioctls, and an interrupt that arrives between
     /// them is lost, so nothing may signal meanwhile.
-    pub fn take_interrupts(&self) -> io::Result<Vec<Interrupt>> {
+    ///
+    /// `None` while the vCPUs are lent: KVM locks a vCPU for as long as it runs, which may be for ever, and the guest
+    /// takes the interrupts.
+    pub fn take_interrupts(&self) -> io::Result<Option<Vec<Interrupt>>> {
+        let vcpus = self.lock();
+        if vcpus.lent {
+            return Ok(None);
+        }
         let mut taken = Vec::new();
-        for vcpu in self.lock().iter() {
+        for vcpu in vcpus.by_index.values() {
             let mut lapic = vcpu.get_lapic().map_err(io::Error::from)?;
             let before = taken.len();
             for at in 0..8 {
@@ -267,7 +297,7 @@ impl KvmVcpus {
                 vcpu.set_lapic(&lapic).map_err(io::Error::from)?;
             }
         }
-        Ok(taken)
+        Ok(Some(taken))
     }
 }
 
@@ -281,7 +311,8 @@ impl Drop for KvmVcpus {
     fn drop(&mut self) {
         // No lock: in a forked child it could stay locked for ever.
         let vcpus = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        vcpus.drain(..).for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
+        let all = std::mem::take(&mut vcpus.by_index).into_values();
+        all.for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
     }
 }
 

@@ -1,6 +1,7 @@
 //! Observers: they report the interrupts that a guest received, if its kernel can.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ pub enum ObserveError {
     Closed,
     /// The kernel does not support the query.
     Unsupported,
+    /// Someone runs the vCPUs.
+    Running,
     Io(io::Error),
 }
 
@@ -48,15 +51,32 @@ impl Observer {
         match self {
             Self::None => Err(ObserveError::Unsupported),
             Self::Simulated(_) => Ok(self.driver()?.take_interrupts(wait)),
-            Self::Kvm(vcpus) => {
-                let vcpus = vcpus.upgrade().ok_or(ObserveError::Closed)?;
-                let taken = vcpus.take_interrupts()?;
+            Self::Kvm(_) => {
+                let taken = self.vcpus()?.take_interrupts()?.ok_or(ObserveError::Running)?;
                 if taken.is_empty() {
                     // No event announces a bit set in a register, so the caller has to poll.
                     std::thread::sleep(wait.min(Duration::from_micros(200)));
                 }
                 Ok(taken)
             }
+        }
+    }
+
+    /// A duplicate of a vCPU's descriptor, for someone who runs it; `None` if there is no such vCPU. Until
+    /// `take_vcpus_back`, nothing else looks at the vCPUs.
+    pub fn lend_vcpu(&self, index: u8) -> Result<Option<OwnedFd>, ObserveError> {
+        Ok(self.vcpus()?.lend(index)?)
+    }
+
+    pub fn take_vcpus_back(&self) -> Result<(), ObserveError> {
+        self.vcpus()?.take_back();
+        Ok(())
+    }
+
+    fn vcpus(&self) -> Result<Arc<KvmVcpus>, ObserveError> {
+        match self {
+            Self::Kvm(vcpus) => vcpus.upgrade().ok_or(ObserveError::Closed),
+            _ => Err(ObserveError::Unsupported),
         }
     }
 

@@ -80,10 +80,9 @@ impl<T: Default + Sync> PerProcess<T> {
         loop {
             let current = self.0.load(Ordering::Acquire);
             // SAFETY: null, or made by Box::leak below and never freed.
-            if let Some((of, value)) = unsafe { current.as_ref() }
-                && *of == owner
-            {
-                return Ok(value);
+            match unsafe { current.as_ref() } {
+                Some((of, value)) if *of == owner => return Ok(value),
+                _ => {}
             }
             let new = Box::into_raw(Box::new((owner, T::default())));
             if self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {

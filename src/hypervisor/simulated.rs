@@ -419,9 +419,7 @@ impl Drop for SimulatedPartition {
             descriptor::close(self.driver.epoll.as_raw_fd());
             return;
         }
-        if self.stop.signal(1).is_ok()
-            && let Some(watcher) = watcher
-        {
+        if let (Ok(()), Some(watcher)) = (self.stop.signal(1), watcher) {
             // If the thread panicked, the panic has already been reported.
             let _ended = watcher.join();
         }

@@ -24,18 +24,28 @@ impl Partition {
     /// Makes a route with the lowest free GSI, unmasked and without an MSI, on a new eventfd or on a duplicate of the
     /// caller's.
     pub fn new_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
-        let route = self.add_route(event)?;
-        Ok(IrqFdRoute { partition: Arc::clone(self), route })
+        let route = self.add_route(event, false)?;
+        Ok(IrqFdRoute::on(self, route))
+    }
+
+    /// As `new_route`, for a device, which saves the route's state with its own.
+    pub fn new_device_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
+        let route = self.add_route(event, true)?;
+        Ok(IrqFdRoute::on(self, route))
     }
 
     /// Makes a route on a new eventfd. Returns `None` instead of waiting for the partition's lock.
     pub fn try_new_route(self: &Arc<Self>) -> Result<Option<IrqFdRoute>> {
         let route = self.try_add_route()?;
-        Ok(route.map(|route| IrqFdRoute { partition: Arc::clone(self), route }))
+        Ok(route.map(|route| IrqFdRoute::on(self, route)))
     }
 }
 
 impl IrqFdRoute {
+    pub(super) fn on(partition: &Arc<Partition>, route: Arc<Route>) -> Self {
+        Self { partition: Arc::clone(partition), route }
+    }
+
     pub(super) fn is_of(&self, partition: &Arc<Partition>) -> bool {
         Arc::ptr_eq(&self.partition, partition)
     }

@@ -34,16 +34,16 @@ pub(super) struct Changed {
 /// Locks are taken in this order: the device's, a route's, the partition's.
 #[derive(Debug)]
 pub struct Device<R> {
-    vectors: Arc<Vectors>,
-    state: Mutex<State<R>>,
+    pub(super) vectors: Arc<Vectors>,
+    pub(super) state: Mutex<State<R>>,
 }
 
 #[derive(Debug)]
 pub(super) struct State<R> {
     pub(super) registers: R,
     /// The vectors that are live.
-    live: Box<[bool]>,
-    faults: Faults,
+    pub(super) live: Box<[bool]>,
+    pub(super) faults: Faults,
 }
 
 impl<R: Registers> Device<R> {

@@ -79,13 +79,23 @@ impl Vectors {
         }
         let each: Box<[Vector]> = (0..count).map(|_| Vector::default()).collect();
         for (index, fd) in events {
-            let route = Arc::new(partition.new_route(Some(*fd))?);
+            let route = Arc::new(partition.new_device_route(Some(*fd))?);
             route.mask()?;
             if each[*index].route.set(route).is_err() {
                 return Err(Error::Invalid(format!("vector {index} has two eventfds in events; give one")));
             }
         }
         Ok(Self { partition, what, each, closed: AtomicBool::new(false) })
+    }
+
+    /// Vectors that are given their routes afterwards.
+    pub(super) fn restored(partition: Arc<Partition>, what: &'static str, count: usize) -> Self {
+        let each = (0..count).map(|_| Vector::default()).collect();
+        Self { partition, what, each, closed: AtomicBool::new(false) }
+    }
+
+    pub(super) fn give(&self, index: usize, route: IrqFdRoute) {
+        self.each[index].route.get_or_init(|| Arc::new(route));
     }
 
     pub fn partition(&self) -> &Arc<Partition> {
@@ -135,7 +145,7 @@ impl Vectors {
         let route = match route.get() {
             Some(route) => route,
             None => {
-                let new = Arc::new(self.partition.new_route(None)?);
+                let new = Arc::new(self.partition.new_device_route(None)?);
                 route.get_or_init(|| new)
             }
         };
@@ -159,6 +169,11 @@ impl Vectors {
             Some(route) if latched.swap(false, Ordering::AcqRel) => route.signal(1),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a signal waits for the vector to take a route.
+    pub(super) fn is_latched(&self, index: usize) -> bool {
+        self.each[index].latched.load(Ordering::Acquire)
     }
 
     /// Whether a signal waits for the vector to be armed. Takes no lock.

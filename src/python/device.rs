@@ -39,7 +39,8 @@ impl DeviceRoutes {
         }
         // Not under the lock: making an object may run Python code.
         let class = CLASS.import(py, "mshv_irqfd.handles", "IrqFdRoute")?;
-        let object = class.call1((partition, TakenRoute(Arc::clone(route))))?.cast_into::<IrqFdRoute>()?;
+        let taken = TakenRoute { route: Arc::clone(route), of_device: true };
+        let object = class.call1((partition, taken))?.cast_into::<IrqFdRoute>()?;
         // Another thread may have been first.
         Ok(lock().entry(index).or_insert_with(|| object.clone().unbind()).bind(py).clone())
     }

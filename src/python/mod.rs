@@ -15,4 +15,5 @@ pub(crate) mod objects;
 mod partition;
 pub(crate) mod probe;
 mod route;
+mod saved;
 mod values;

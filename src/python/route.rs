@@ -21,13 +21,14 @@ impl IrqFdRoute {
 
 #[pymethods]
 impl IrqFdRoute {
-    /// `event` may also be the route of a vector, which this makes an object for.
+    /// `event` may also be a route that exists already, which this makes an object for.
     #[new]
     #[pyo3(signature = (partition, event=None))]
     fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         if let Some(taken) = event.and_then(|event| event.cast::<TakenRoute>().ok()) {
-            let route = Arc::clone(&taken.get().0);
-            return Ok(Self { route, partition: partition.clone().unbind(), of_device: true });
+            let TakenRoute { route, of_device } = taken.get();
+            let partition = partition.clone().unbind();
+            return Ok(Self { route: Arc::clone(route), partition, of_device: *of_device });
         }
         let core = &partition.get().core;
         let route = match event.map(|event| event.extract::<RawFd>()).transpose()? {

@@ -159,15 +159,17 @@ def test_the_interpreter_runs_on_while_a_partition_is_opened_and_closed(backend:
     assert runs_meanwhile(lambda _: backend.open().close())
 
 
-def observable(partition: Partition) -> SimulatedPartition | KvmPartition:
-    if not isinstance(partition, SimulatedPartition | KvmPartition):
-        pytest.skip(f"{partition.backend} does not report interrupts")
-    return partition
+def observable(guest: Guest) -> SimulatedPartition | KvmPartition:
+    """The partition of a guest that takes no interrupts itself."""
+    if not isinstance(guest.partition, SimulatedPartition | KvmPartition):
+        pytest.skip(f"{guest.partition.backend} does not report interrupts")
+    guest.stop()
+    return guest.partition
 
 
 @pytest.mark.usefixtures("unforced")
 def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest) -> None:
-    partition, taken = observable(guest.partition), list[Interrupt]()
+    partition, taken = observable(guest), list[Interrupt]()
     with partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
         waiter = threading.Thread(target=lambda: taken.extend(partition.take_interrupts(timeout=PATIENCE)))
@@ -178,7 +180,7 @@ def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest) -> None:
 
 
 def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> None:
-    partition, ended = observable(guest.partition), list[str]()
+    partition, ended = observable(guest), list[str]()
     began = threading.Event()
 
     def wait() -> None:
@@ -197,7 +199,7 @@ def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> N
 
 
 def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
-    partition, main = observable(guest.partition), threading.main_thread().ident
+    partition, main = observable(guest), threading.main_thread().ident
     assert main is not None
     began, over = threading.Event(), threading.Event()
 
