@@ -324,7 +324,7 @@ impl Partition {
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_closed(),
             // Closing the partition tries once more to disarm it, and needs the descriptor for that.
-            Err(_) => {}
+            Err(_) => route.event.wake_waiters(),
         }
         result
     }
@@ -395,9 +395,20 @@ impl Partition {
     /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
         self.check_open()?;
-        self.observer
-            .take_interrupts(wait)
-            .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
+        self.observer.take_interrupts(wait).map_err(unreported)
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, each with a number to claim it by. Waits at most `wait`
+    /// for one with the number `known` or above, and may return earlier without one.
+    pub fn arrived_interrupts(&self, wait: Duration, known: u64) -> Result<Vec<(u64, Interrupt)>> {
+        self.check_open()?;
+        self.observer.arrived(wait, known).map_err(unreported)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim_interrupts(&self, numbers: &[u64]) -> Result<bool> {
+        self.check_open()?;
+        self.observer.claim(numbers).map_err(unreported)
     }
 
     /// A duplicate of the descriptor of a vCPU that was made here, for someone who runs it. Until `take_vcpus_back`,
@@ -455,6 +466,10 @@ const ONLY_KVM: &str = "only KVM has vCPUs that a program can run";
 
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn unreported(error: ObserveError) -> Error {
+    unobservable(error, "the mshv driver does not report which interrupts arrived")
 }
 
 fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {

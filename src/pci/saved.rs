@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use super::device::{Device, Registers, State};
-use super::vectors::{Faults, Vectors};
-use crate::irqfd::{Error, Message, Partition, Result, RouteState, Wanted, nullable, nullable_dict};
+use super::vectors::{Fault, Faults, Vectors};
+use crate::irqfd::{Error, Message, MsiRoute, Partition, Result, RouteState, Wanted, nullable, nullable_dict};
 
 /// The state of a vector that has a route, a signal or a fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,8 +18,8 @@ pub struct VectorState {
     /// Its route's GSI, if it has a route.
     #[serde(deserialize_with = "nullable")]
     pub gsi: Option<u32>,
-    /// The MSI with which it is armed. It is what the registers had when the vector became live, and may differ from what
-    /// they have now.
+    /// The message that it had when it became live, which may differ from what the registers have now: it is armed with
+    /// that unless it has a fault. None if it is not live, or if that is no MSI.
     #[serde(deserialize_with = "nullable_dict")]
     pub msi: Option<Message>,
     /// Whether a signal waits for it to be armed.
@@ -39,31 +39,24 @@ impl<R: Registers> State<R> {
         for index in 0..vectors.count() {
             let gsi = vectors.route(index).map(|route| route.gsi());
             let route = gsi.and_then(|gsi| routes.get(&gsi));
-            let (msi, fault) = if self.live[index] { self.armed_with(index, vectors, route) } else { (None, None) };
+            let fault = self.live[index].then(|| self.fault(index, vectors, route)).flatten();
+            let armed = route.filter(|_| self.live[index] && fault.is_none()).and_then(|route| route.msi);
+            let msi = fault.as_ref().map_or(armed, |fault| fault.message.map(Message::from));
             let pending = route.is_some_and(|route| route.pending) || vectors.is_latched(index);
             if gsi.is_some() || pending || fault.is_some() {
+                let fault = fault.map(|fault| fault.error.to_string());
                 states.push(VectorState { vector: index as u32, gsi, msi, pending, fault });
             }
         }
         Ok(states)
     }
 
-    /// The MSI with which a live vector is armed, or the reason why it is not.
-    fn armed_with(
-        &self,
-        index: usize,
-        vectors: &Vectors,
-        route: Option<&&RouteState>,
-    ) -> (Option<Message>, Option<String>) {
-        if let Some(fault) = self.faults.get(&index) {
-            return (None, Some(fault.to_string()));
-        }
-        match route.filter(|route| !route.masked).and_then(|route| route.msi) {
-            Some(msi) => (Some(msi), None),
-            None => {
-                let why = vectors.lost_arming(index).map(|error| error.to_string());
-                (None, Some(why.unwrap_or_else(|| "not armed".into())))
-            }
+    /// Why a live vector is not armed, unless it waits only for the next push: then it can be armed when it is restored.
+    fn fault(&self, index: usize, vectors: &Vectors, route: Option<&&RouteState>) -> Option<Fault> {
+        let known = self.faults.get(&index).cloned();
+        match route {
+            Some(RouteState { masked: false, msi: Some(_), .. }) => known,
+            _ => known.or_else(|| vectors.lost_arming(index)),
         }
     }
 }
@@ -81,12 +74,14 @@ impl<R: Registers> Device<R> {
     ) -> Result<Self> {
         let live: Box<[bool]> = (0..count).map(|index| registers.is_live(index)).collect();
         check(&live, states)?;
+        let faults = faults(states)?;
         let mut events: BTreeMap<_, _> = events.iter().copied().collect();
         let (mut indexes, mut wanted) = (Vec::new(), Vec::new());
         for (at, state) in states.iter().enumerate() {
             let index = state.vector as usize;
             let Some(gsi) = state.gsi else { continue };
-            let route = RouteState { gsi, masked: state.msi.is_none(), msi: state.msi, pending: state.pending };
+            let msi = state.msi.filter(|_| state.fault.is_none());
+            let route = RouteState { gsi, masked: msi.is_none(), msi, pending: state.pending };
             indexes.push(index);
             wanted.push(Wanted { place: format!("vectors[{at}]"), state: route, event: events.remove(&index) });
         }
@@ -100,13 +95,8 @@ impl<R: Registers> Device<R> {
         for (index, route) in indexes.into_iter().zip(routes) {
             vectors.give(index, route);
         }
-        let mut faults = Faults::default();
-        for state in states {
-            if state.gsi.is_none() && state.pending {
-                vectors.signal(state.vector as usize)?;
-            }
-            let fault = state.fault.clone().map(|fault| Arc::new(Error::Invalid(fault)));
-            faults.extend(fault.map(|fault| (state.vector as usize, fault)));
+        for state in states.iter().filter(|state| state.gsi.is_none() && state.pending) {
+            vectors.signal(state.vector as usize)?;
         }
         Ok(Self { vectors: Arc::new(vectors), state: Mutex::new(State { registers, live, faults }) })
     }
@@ -151,4 +141,16 @@ fn check(live: &[bool], states: &[VectorState]) -> Result {
         ))),
         None => Ok(()),
     }
+}
+
+fn faults(states: &[VectorState]) -> Result<Faults> {
+    let mut faults = Faults::default();
+    for (at, state) in states.iter().enumerate() {
+        let Some(text) = &state.fault else { continue };
+        let refuse = |error| Error::At { place: format!("vectors[{at}].msi"), error: Box::new(Error::Msi(error)) };
+        let message = state.msi.map(|msi| MsiRoute::new(msi.address, msi.data).map_err(refuse)).transpose()?;
+        let fault = Fault { error: Arc::new(Error::Invalid(text.clone())), message };
+        faults.insert(state.vector as usize, fault);
+    }
+    Ok(faults)
 }

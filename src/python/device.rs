@@ -12,6 +12,7 @@ use super::errors::exception_of;
 use super::objects::{
     Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, TakenRoute, Vector, Vectors,
 };
+use super::waiting::{self, Watch};
 use crate::{irqfd, pci};
 
 impl Partition {
@@ -267,6 +268,23 @@ impl Vector {
     #[getter]
     fn pending(&self) -> PyResult<bool> {
         Ok(self.vectors().pending(self.index)?)
+    }
+
+    /// Waits in asyncio until a signal is pending, and leaves it pending: see `IrqFdRoute.wait_pending()`.
+    ///
+    /// Takes the vector's route if it has none and must wait, as `event` does.
+    ///
+    /// Raises:
+    ///     ClosedError: the device is closed, or it was closed while the task waited.
+    ///     GsiExhaustedError, IrqFdError: the vector has no route, and none can be made; or the process has too many
+    ///         open files (EMFILE). A waiting task needs two.
+    fn wait_pending<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        waiting::pending(slf)
+    }
+
+    /// Begins a watch, for `mshv_irqfd._waiting`.
+    fn _watch(&self, py: Python<'_>) -> PyResult<Watch> {
+        Ok(Watch::new(py.detach(|| self.device.get().core.take_route(self.index)?.watch())?))
     }
 
     /// Takes the pending signals, so that unmasking sends no message for them.

@@ -402,6 +402,22 @@ impl Partition {
         Ok(py.detach(|| self.core.take_vcpus_back())?)
     }
 
+    /// The interrupts that nobody has taken, each with its number. Waits a little for one numbered `known`.
+    fn _arrived_interrupts<'py>(&self, py: Python<'py>, timeout: f64, known: u64) -> PyResult<Bound<'py, PyList>> {
+        let wait = arguments::timeout(timeout)?.min(SLICE);
+        let arrived = py.detach(|| self.core.arrived_interrupts(wait, known))?;
+        let list: PyResult<Vec<_>> = arrived
+            .into_iter()
+            .map(|(number, interrupt)| Ok((number, values::interrupt(py, interrupt)?)))
+            .collect();
+        PyList::new(py, list?)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them.
+    fn _claim_interrupts(&self, py: Python<'_>, numbers: Vec<u64>) -> PyResult<bool> {
+        Ok(py.detach(|| self.core.claim_interrupts(&numbers))?)
+    }
+
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.core.simulated().map(|driver| driver.settle()))?;
         Ok(())

@@ -38,7 +38,7 @@ def required_programs() -> set[str]:
 
 
 def lacks_program(name: str) -> str | None:
-    """The reason why a program can't be tested with here, with the remedy; None if it can. Raises if it was asked for."""
+    """The reason why a program is missing here, with the remedy; None if it is there. Raises if it was asked for."""
     if shutil.which(name) is not None:
         return None
     reason = f"needs {name}: run `make programs` (Debian: apt install {PROGRAMS[name]})"

@@ -1,25 +1,14 @@
-"""The example in docs/saved-state.md runs as written, and the page describes every key."""
+"""docs/saved-state.md describes every key of a state."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from mshv_irqfd import MsiCapability, MsiRoute, MsixTable, open_partition
 
 PAGE = (Path(__file__).parents[2] / "docs" / "saved-state.md").read_text()
-
-
-def test_the_example_prints_what_the_page_shows() -> None:
-    found = re.search(r"^```python\n(.*?)^```\n\n```\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert found
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", found[1]], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert run.stdout == found[2]
 
 
 def keys(state: Any) -> set[str]:
