@@ -1249,6 +1249,9 @@ class Partition:
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
+    def _clear_faults(self, call: str) -> int:
+        """Forgets the faults of a kind. Returns the number of calls that were still to fail."""
+
     def _is_left_open(self) -> bool:
         """Whether a finalizer should warn. Always false in a forked child."""
 
