@@ -13,7 +13,8 @@ A comment before a fence says what else it needs: `<!-- needs: kvm -->` runs it 
 `<!-- needs: qemu-storage-daemon -->` where that program is. The examples can be imported. A command that
 sets a machine up is not run again: `<!-- in: Makefile -->` demands that each command of the fence is in that file of
 the project, or, for `make VERB`, that the verb exists. A measurement of minutes is run for an instant, on another
-backend: `<!-- shortened: simulated -->`.
+backend: `<!-- shortened: simulated -->`. A page that goes on where another one ends begins with that one's files:
+`<!-- after: device-model.md -->`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[2]
 INFO = re.compile(r'(?P<language>[\w-]*)(?: title="(?P<title>[^"]+)")?(?P<rest>[^\n]*)\n')
 REMARK = re.compile(r"<!-- (?P<key>needs|in|shortened): (?P<value>\S+) -->\s*$")
+AFTER = re.compile(r"<!-- after: (\S+) -->")
 BENCH = re.compile(r"^\$ .*?mshv-irqfd bench ([^\n]*)", re.MULTILINE)
 OUTPUT = {"output", ""}
 FORGIVING = doctest.ELLIPSIS
@@ -200,6 +202,10 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))  # as a Python shell has it
     sys.path.append(str(PROJECT / "examples"))
     document = Document.parse(page, snippets)
+    for before in AFTER.findall(document.text):
+        for example in Document.parse(str(Path(page).parent / before), snippets).examples():
+            if kind(example.region.lexemes) == "file":
+                write(example)
     document.namespace |= {"names": {"__name__": "__main__"}, "skipped": False}
     for example in document.examples():
         example.evaluate()
