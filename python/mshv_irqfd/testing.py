@@ -172,9 +172,7 @@ def failing(
         made = partition.stats().failures - before
         left = max(0, times - made) if partition.closed else partition._clear_faults(call)  # noqa: SLF001
     if left:
-        raise AssertionError(
-            f"{times} of the calls {call!r} were to fail after {after}, but {left} of them were not made"
-        )
+        raise AssertionError(f"{left} of {times} faults of {call} met no call: the block made too few of them")
 
 
 def _telling(partition: Partition) -> SimulatedPartition | KvmPartition:
