@@ -166,6 +166,7 @@ class KvmPartition(Partition):
 
         Raises:
             MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive.
+            io.UnsupportedOperation: a guest runs on the vCPUs; see `take_interrupts()`.
             ValueError, TypeError: an argument is invalid.
         """
         wanted = _interrupts.expected_interrupts(expected, count, counted=False)

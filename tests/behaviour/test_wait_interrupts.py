@@ -38,6 +38,7 @@ def told(backend: Backend, guest: Guest) -> Guest:
     """A guest of each backend that can tell."""
     if backend.name == "mshv":
         pytest.skip("the mshv driver does not tell which interrupts arrive")
+    guest.stop()
     return guest
 
 
@@ -159,6 +160,7 @@ def test_each_field_that_is_known_is_compared(simulated: SimulatedGuest) -> None
 
 
 def test_kvm_has_no_counts(kvm: KvmGuest) -> None:
+    kvm.stop()
     for expected, count in (({0x41: 2}, None), (0x41, 2), ([0x41, 0x41], None)):
         with pytest.raises(
             ValueError, match="count 2 of vector 0x41: KVM reports that a vector was raised, not how often"
@@ -170,6 +172,7 @@ def test_kvm_has_no_counts(kvm: KvmGuest) -> None:
 
 
 def test_on_kvm_each_vcpu_has_its_own(kvm: KvmGuest) -> None:
+    kvm.stop()
     kvm.partition.create_vp(1)
     for apic_id in (0, 1):
         assert kvm.partition.signal_msi(msi(0x41, apic_id))
