@@ -153,7 +153,7 @@ $(VENV)/docs: $(VENV)/ready requirements-docs.txt
 	touch $@
 
 docs: $(VENV)/docs ## Build the docs site into target/site; warnings and broken links are errors
-	$(RUN) tools/site.py
+	$(RUN) tools/docs_site.py
 
 docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it on every change
 	$(BIN)/zensical serve
@@ -162,7 +162,7 @@ stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
 
 guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
-	command -v as ld >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
+	command -v as >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
 		{ echo "needs as and ld: apt install binutils"; exit 1; }
 	$(PYTHON) tools/assemble_guest.py
 

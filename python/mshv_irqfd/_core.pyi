@@ -593,8 +593,8 @@ class Device:
         """Tries again to arm and disarm the vectors in `faults()`, with one push at most.
 
         For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
-        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
-        is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+        what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
 
         Returns:
             The vectors that failed again, as `faults()` does.
@@ -1249,6 +1249,9 @@ class Partition:
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
+    def _clear_faults(self, call: str) -> int:
+        """Forgets the faults of a kind. Returns the number of calls that were still to fail."""
+
     def _is_left_open(self) -> bool:
         """Whether a finalizer should warn. Always false in a forked child."""
 
