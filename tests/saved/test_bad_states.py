@@ -19,6 +19,10 @@ from needs import need
 from states import State, carried, everything, kept, new_route
 from support import msi, still_works
 
+pytestmark = pytest.mark.thread_unsafe(
+    reason="each state is restored at the same GSIs, and all open files are looked at"
+)
+
 HUGE = 10**5000
 """Too long for Python to print."""
 
@@ -281,7 +285,6 @@ def close(thing: Any) -> None:
         one.close()
 
 
-@pytest.mark.thread_unsafe(reason="compares the open files of the process")
 @pytest.mark.parametrize("kind", RESTORE)
 @pytest.mark.parametrize("name", ["simulated", "kvm", "mshv"])
 def test_any_changed_state_is_restored_exactly_or_refused_with_nothing_changed(name: str, kind: str) -> None:
