@@ -1,6 +1,6 @@
 """The Rust half of `mshv_irqfd`; import that, not this."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
@@ -32,6 +32,7 @@ __all__: Final = [
     "RawPartition",
     "Vector",
     "Vectors",
+    "Watch",
     "__version__",
     "null_partition",
     "signal_latencies",
@@ -114,8 +115,10 @@ class EventFd:
     """An eventfd: a counter that one side adds to and the other empties.
 
     `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
-    `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's. It has `fileno()`, so it works
-    with `selectors` and asyncio.
+    `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's.
+
+    To wait for signals in asyncio, use `await event.wait()` or `async for count in event`. In other event loops use
+    `fileno()`, with `selectors` for instance.
 
     Threads may share it. It works in a forked child, on the same counter as in the parent.
 
@@ -168,6 +171,25 @@ class EventFd:
             ClosedError: it is closed.
         """
 
+    async def wait(self) -> int:
+        """Waits in asyncio for signals, and takes them.
+
+        Any number of tasks may wait; one of them gets the signals, the others wait on. A task that is cancelled takes
+        none. Other tasks run before this returns, even if it need not wait, so that signals without pause starve none.
+        A view of a route waits until the route is not armed and a signal is pending.
+
+        Returns:
+            Their number, at least 1.
+
+        Raises:
+            ClosedError: it is closed, or it was closed while the task waited.
+            IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+        """
+
+    def __aiter__(self) -> AsyncIterator[int]: ...
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
+
     def close(self) -> None:
         """Closes the descriptor. Closing twice is fine. A view leaves the descriptor of its route or doorbell open."""
 
@@ -188,11 +210,12 @@ class EventFd:
 class IoEventFd:
     """A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
 
-    `Partition.ioeventfd()` makes a doorbell. The eventfd is readable once the guest has rung, so `fileno()` works with
-    `selectors` and asyncio, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+    `Partition.ioeventfd()` makes a doorbell. To wait for rings in asyncio, use `await doorbell.wait()` or
+    `async for count in doorbell`. The eventfd is readable once the guest has rung, so `fileno()` works with
+    `selectors`, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
 
-    Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()` and `fileno()`
-    work, on the same counter as in the parent; `close()` raises `ForkedError`.
+    Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()`, `wait()` and
+    `fileno()` work, on the same counter as in the parent; `close()` raises `ForkedError`.
 
     Raises:
         ClosedError: the doorbell is closed. `signal()`, `consume()`, `fileno()` and `event` raise this.
@@ -263,6 +286,25 @@ class IoEventFd:
         Raises:
             ClosedError: the doorbell is closed.
         """
+
+    async def wait(self) -> int:
+        """Waits in asyncio for the guest to ring, and takes the rings.
+
+        Any number of tasks may wait; one of them gets the rings, the others wait on. A task that is cancelled takes
+        none. Other tasks run before this returns, even if it need not wait: a guest that rings without pause starves
+        none of them.
+
+        Returns:
+            Their number, at least 1.
+
+        Raises:
+            ClosedError: the doorbell is closed, or it was closed while the task waited.
+            IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+        """
+
+    def __aiter__(self) -> AsyncIterator[int]: ...
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
 
     def close(self) -> None:
         """Takes the doorbell away from the guest and closes its descriptor. Closing twice is fine.
@@ -412,6 +454,21 @@ class IrqFdRoute:
     def pending(self) -> bool:
         """Whether a signal waits for the route to be armed. Always false while the route is armed."""
 
+    async def wait_pending(self) -> None:
+        """Waits in asyncio until a signal is pending, and leaves it pending.
+
+        Takes nothing, because whether the guest still gets the interrupt is another decision: `unmask()` raises it,
+        `consume_pending()` drops it. So every task that waits is told. While the route is armed nothing is pending, and
+        this waits on. Other tasks run before this returns, even if it need not wait.
+
+        Raises:
+            ClosedError: the route is closed, or it was closed while the task waited.
+            IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+        """
+
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
+
     def consume_pending(self) -> bool:
         """Takes the pending signals, so that arming raises no interrupt for them.
 
@@ -536,8 +593,8 @@ class Device:
         """Tries again to arm and disarm the vectors in `faults()`, with one push at most.
 
         For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
-        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
-        is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+        what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
 
         Returns:
             The vectors that failed again, as `faults()` does.
@@ -907,6 +964,20 @@ class Vector:
     def pending(self) -> bool:
         """Whether a signal waits for the vector to be armed: its pending bit."""
 
+    async def wait_pending(self) -> None:
+        """Waits in asyncio until a signal is pending, and leaves it pending: see `IrqFdRoute.wait_pending()`.
+
+        Takes the vector's route if it has none and must wait, as `event` does.
+
+        Raises:
+            ClosedError: the device is closed, or it was closed while the task waited.
+            GsiExhaustedError, IrqFdError: the vector has no route, and none can be made; or the process has too many
+                open files (EMFILE). A waiting task needs two.
+        """
+
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
+
     def consume_pending(self) -> bool:
         """Takes the pending signals, so that unmasking sends no message for them.
 
@@ -1169,9 +1240,18 @@ class Partition:
     def _take_vcpus_back(self) -> None:
         """For a program that ran a guest: nobody runs the lent vCPUs any more."""
 
+    def _arrived_interrupts(self, timeout: float, known: int) -> list[tuple[int, Interrupt]]:
+        """The interrupts that nobody has taken, each with its number. Waits a little for one numbered `known`."""
+
+    def _claim_interrupts(self, numbers: list[int]) -> bool:
+        """Takes the interrupts with these numbers, unless somebody has taken one of them."""
+
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
+    def _clear_faults(self, call: str) -> int:
+        """Forgets the faults of a kind. Returns the number of calls that were still to fail."""
+
     def _is_left_open(self) -> bool:
         """Whether a finalizer should warn. Always false in a forked child."""
 
@@ -1222,6 +1302,21 @@ class Baseline:
 
     def close(self) -> None:
         """Closes the partition."""
+
+@final
+class Watch:
+    """A watch on an eventfd, for an event loop. For `mshv_irqfd._waiting` alone."""
+
+    @property
+    def signalled(self) -> int:
+        """A descriptor that is readable while the eventfd is."""
+
+    @property
+    def changed(self) -> int:
+        """A descriptor that is readable once the eventfd is closed or replaced."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
 
 def null_partition(gsis: range, *, preload: bool) -> Partition:
     """A partition whose kernel does nothing, with four VPs."""

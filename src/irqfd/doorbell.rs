@@ -43,7 +43,7 @@ impl Doorbell {
             Ok(()) => self.event.close(),
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => self.event.forget_if_closed(),
-            Err(_) => {}
+            Err(_) => self.event.wake_waiters(),
         }
         taken.map_err(|failure| failure.of_doorbell(self.trigger))
     }

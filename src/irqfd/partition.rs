@@ -16,6 +16,7 @@ use super::state::State;
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use super::vps::VpSet;
+use crate::hypervisor::Backend;
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::observer::{ObserveError, Observer};
 use crate::hypervisor::owner::{Owner, PerProcess};
@@ -324,7 +325,7 @@ impl Partition {
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_closed(),
             // Closing the partition tries once more to disarm it, and needs the descriptor for that.
-            Err(_) => {}
+            Err(_) => route.event.wake_waiters(),
         }
         result
     }
@@ -395,9 +396,32 @@ impl Partition {
     /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
         self.check_open()?;
-        self.observer
-            .take_interrupts(wait)
-            .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
+        self.observer.take_interrupts(wait).map_err(unreported)
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, each with a number to claim it by. Waits at most `wait`
+    /// for one with the number `known` or above, and may return earlier without one.
+    pub fn arrived_interrupts(&self, wait: Duration, known: u64) -> Result<Vec<(u64, Interrupt)>> {
+        self.check_open()?;
+        self.observer.arrived(wait, known).map_err(unreported)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim_interrupts(&self, numbers: &[u64]) -> Result<bool> {
+        self.check_open()?;
+        self.observer.claim(numbers).map_err(unreported)
+    }
+
+    /// Returns once the interrupt of every signal before this call has been raised.
+    pub fn settle(&self) -> Result {
+        self.check_open()?;
+        match self.config.backend {
+            Backend::Simulated => self.simulated()?.settle(),
+            Backend::Kvm => self.lock_open()?.flush()?,
+            // The driver raises it before the write returns.
+            Backend::Mshv => {}
+        }
+        Ok(())
     }
 
     /// A duplicate of the descriptor of a vCPU that was made here, for someone who runs it. Until `take_vcpus_back`,
@@ -455,6 +479,10 @@ const ONLY_KVM: &str = "only KVM has vCPUs that a program can run";
 
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn unreported(error: ObserveError) -> Error {
+    unobservable(error, "the mshv driver does not report which interrupts arrived")
 }
 
 fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {

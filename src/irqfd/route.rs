@@ -9,6 +9,7 @@ use super::msi::MsiRoute;
 use super::partition::Partition;
 use super::plan::Change;
 use super::shared::{ARMED, CLOSED, HAS_MSI, Intent, MASKED, Route};
+use crate::hypervisor::waiters::Watch;
 use crate::hypervisor::{CallError, Operation};
 
 /// A route of a partition. Dropping it closes it.
@@ -115,6 +116,17 @@ impl IrqFdRoute {
     /// Whether `signal` could block, if only because other code fills the counter just before the write.
     pub fn signal_may_block(&self) -> bool {
         self.route.event.may_block()
+    }
+
+    /// Begins a watch for an event loop. Look at the route's state after this; see [`Watch`].
+    pub fn watch(&self) -> Result<Watch> {
+        self.open()?;
+        self.route.event.watch().map_err(|error| self.event_error("fcntl (F_DUPFD_CLOEXEC)", &error))
+    }
+
+    /// Ends the watches on the route, so that those who wait look at its state again.
+    pub fn wake_waiters(&self) {
+        self.route.event.wake_waiters();
     }
 
     fn event_error(&self, call: &'static str, error: &std::io::Error) -> Error {

@@ -12,6 +12,7 @@ use super::errors::exception_of;
 use super::objects::{
     Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, TakenRoute, Vector, Vectors,
 };
+use super::waiting::{self, Watch};
 use crate::{irqfd, pci};
 
 impl Partition {
@@ -114,8 +115,8 @@ impl Device {
     /// Tries again to arm and disarm the vectors in `faults()`, with one push at most.
     ///
     /// For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
-    /// writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
-    /// is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+    /// writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+    /// what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
     ///
     /// Returns:
     ///     The vectors that failed again, as `faults()` does.
@@ -267,6 +268,23 @@ impl Vector {
     #[getter]
     fn pending(&self) -> PyResult<bool> {
         Ok(self.vectors().pending(self.index)?)
+    }
+
+    /// Waits in asyncio until a signal is pending, and leaves it pending: see `IrqFdRoute.wait_pending()`.
+    ///
+    /// Takes the vector's route if it has none and must wait, as `event` does.
+    ///
+    /// Raises:
+    ///     ClosedError: the device is closed, or it was closed while the task waited.
+    ///     GsiExhaustedError, IrqFdError: the vector has no route, and none can be made; or the process has too many
+    ///         open files (EMFILE). A waiting task needs two.
+    fn wait_pending<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        waiting::pending(slf)
+    }
+
+    /// Begins a watch, for `mshv_irqfd._waiting`.
+    fn _watch(&self, py: Python<'_>) -> PyResult<Watch> {
+        Ok(Watch::new(py.detach(|| self.device.get().core.take_route(self.index)?.watch())?))
     }
 
     /// Takes the pending signals, so that unmasking sends no message for them.

@@ -17,3 +17,4 @@ pub(crate) mod probe;
 mod route;
 mod saved;
 mod values;
+pub(crate) mod waiting;

@@ -70,11 +70,12 @@ pub(super) struct TakenRoute {
 
 /// A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
 ///
-/// `Partition.ioeventfd()` makes a doorbell. The eventfd is readable once the guest has rung, so `fileno()` works with
-/// `selectors` and asyncio, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+/// `Partition.ioeventfd()` makes a doorbell. To wait for rings in asyncio, use `await doorbell.wait()` or
+/// `async for count in doorbell`. The eventfd is readable once the guest has rung, so `fileno()` works with
+/// `selectors`, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
 ///
-/// Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()` and `fileno()`
-/// work, on the same counter as in the parent; `close()` raises `ForkedError`.
+/// Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()`, `wait()` and
+/// `fileno()` work, on the same counter as in the parent; `close()` raises `ForkedError`.
 ///
 /// Raises:
 ///     ClosedError: the doorbell is closed. `signal()`, `consume()`, `fileno()` and `event` raise this.

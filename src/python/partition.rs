@@ -402,9 +402,24 @@ impl Partition {
         Ok(py.detach(|| self.core.take_vcpus_back())?)
     }
 
+    /// The interrupts that nobody has taken, each with its number. Waits a little for one numbered `known`.
+    fn _arrived_interrupts<'py>(&self, py: Python<'py>, timeout: f64, known: u64) -> PyResult<Bound<'py, PyList>> {
+        let wait = arguments::timeout(timeout)?.min(SLICE);
+        let arrived = py.detach(|| self.core.arrived_interrupts(wait, known))?;
+        let list: PyResult<Vec<_>> = arrived
+            .into_iter()
+            .map(|(number, interrupt)| Ok((number, values::interrupt(py, interrupt)?)))
+            .collect();
+        PyList::new(py, list?)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them.
+    fn _claim_interrupts(&self, py: Python<'_>, numbers: Vec<u64>) -> PyResult<bool> {
+        Ok(py.detach(|| self.core.claim_interrupts(&numbers))?)
+    }
+
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.core.simulated().map(|driver| driver.settle()))?;
-        Ok(())
+        Ok(py.detach(|| self.core.settle())?)
     }
 
     fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Vec<u8>) -> PyResult<bool> {
@@ -413,20 +428,7 @@ impl Partition {
     }
 
     fn _fail(&self, py: Python<'_>, call: &str, errno: i32, after: u32, times: u32) -> PyResult<()> {
-        let operation = match call {
-            "set_msi_routing" => Operation::SetMsiRouting,
-            "assign_irqfd" => Operation::AssignIrqfd,
-            "deassign_irqfd" => Operation::DeassignIrqfd,
-            "assign_ioeventfd" => Operation::AssignIoEventFd,
-            "deassign_ioeventfd" => Operation::DeassignIoEventFd,
-            "signal_msi" => Operation::SignalMsi,
-            _ => {
-                return Err(PyValueError::new_err(format!(
-                    "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
-                     \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
-                )));
-            }
-        };
+        let operation = operation(call)?;
         if !(1..4096).contains(&errno) {
             return Err(PyValueError::new_err(format!(
                 "errno {errno} is not an error number; give one from the errno module"
@@ -434,6 +436,12 @@ impl Partition {
         }
         let fail = || self.core.simulated().map(|driver| driver.fail(operation, errno, after, times));
         Ok(py.detach(fail)?)
+    }
+
+    /// Forgets the faults of a kind. Returns the number of calls that were still to fail.
+    fn _clear_faults(&self, py: Python<'_>, call: &str) -> PyResult<u32> {
+        let operation = operation(call)?;
+        Ok(py.detach(|| self.core.simulated().map(|driver| driver.clear_faults(operation)))?)
     }
 
     /// Whether a finalizer should warn. Always false in a forked child.
@@ -468,4 +476,22 @@ impl Partition {
         let quiesce = if core.config().quiesce { " quiesced" } else { "" };
         Ok(format!("<{name} backend={backend}{state} gsis={}-{}{quiesce}>", gsis.start, gsis.end - 1))
     }
+}
+
+/// The call of the simulated kernel that a caller names.
+fn operation(call: &str) -> PyResult<Operation> {
+    Ok(match call {
+        "set_msi_routing" => Operation::SetMsiRouting,
+        "assign_irqfd" => Operation::AssignIrqfd,
+        "deassign_irqfd" => Operation::DeassignIrqfd,
+        "assign_ioeventfd" => Operation::AssignIoEventFd,
+        "deassign_ioeventfd" => Operation::DeassignIoEventFd,
+        "signal_msi" => Operation::SignalMsi,
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
+                 \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
+            )));
+        }
+    })
 }

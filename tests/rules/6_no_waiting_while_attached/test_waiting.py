@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partiti
 from support import PATIENCE, msi, refusal, still_works
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from backends import Backend, Guest
     from mshv_irqfd import MsixTable
@@ -167,30 +168,45 @@ def observable(guest: Guest) -> SimulatedPartition | KvmPartition:
     return guest.partition
 
 
+def taken(partition: SimulatedPartition | KvmPartition, timeout: float) -> list[Interrupt]:
+    return partition.take_interrupts(timeout)
+
+
+def expected(partition: SimulatedPartition | KvmPartition, timeout: float) -> list[Interrupt]:
+    return partition.wait_interrupts(0x41, timeout=timeout)
+
+
+Wait = Callable[[SimulatedPartition | KvmPartition, float], list[Interrupt]]
+by_each_wait = pytest.mark.parametrize("wait", [pytest.param(taken, id=pytest.HIDDEN_PARAM), expected])
+"""Runs a test with each wait for interrupts."""
+
+
+@by_each_wait
 @pytest.mark.usefixtures("unforced")
-def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest) -> None:
-    partition, taken = observable(guest), list[Interrupt]()
+def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest, wait: Wait) -> None:
+    partition, found = observable(guest), list[Interrupt]()
     with partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
-        waiter = threading.Thread(target=lambda: taken.extend(partition.take_interrupts(timeout=PATIENCE)))
+        waiter = threading.Thread(target=lambda: found.extend(wait(partition, PATIENCE)))
         waiter.start()
         route.signal()
         waiter.join()
-    assert [interrupt.vector for interrupt in taken] == [0x41]
+    assert [interrupt.vector for interrupt in found] == [0x41]
 
 
-def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> None:
+@by_each_wait
+def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest, wait: Wait) -> None:
     partition, ended = observable(guest), list[str]()
     began = threading.Event()
 
-    def wait() -> None:
+    def run() -> None:
         began.set()
         try:
-            partition.take_interrupts(timeout=10 * PATIENCE)
+            wait(partition, 10 * PATIENCE)
         except ClosedError:
             ended.append("closed")
 
-    waiter = threading.Thread(target=wait)
+    waiter = threading.Thread(target=run)
     waiter.start()
     began.wait()
     partition.close()
@@ -198,7 +214,8 @@ def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> N
     assert ended == ["closed"]
 
 
-def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
+@by_each_wait
+def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest, wait: Wait) -> None:
     partition, main = observable(guest), threading.main_thread().ident
     assert main is not None
     began, over = threading.Event(), threading.Event()
@@ -221,7 +238,7 @@ def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             began.set()
-            partition.take_interrupts(timeout=PATIENCE)
+            wait(partition, PATIENCE)
     finally:
         over.set()
         thread.join()
