@@ -290,13 +290,18 @@ def close(thing: Any) -> None:
 def test_any_changed_state_is_restored_exactly_or_refused_with_nothing_changed(name: str, kind: str) -> None:
     need(name)
     backend = Backend(name)
-    guest = backend.guest(backend.open(vps=2))
+    guest = backend.guest(backend.open(vps=2, gsis=range(24, 64)))
     partition = guest.partition
     original = good(guest)[kind]
     saved: dict[str, Callable[[Any], State]] = {name: type_.save for name, type_ in TYPES.items()}
     restored, refused = [], []
 
-    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=300 if name == "simulated" else 60,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(mutations(original))
     def try_one(state: State) -> None:
         before = everything(partition)
@@ -316,8 +321,8 @@ def test_any_changed_state_is_restored_exactly_or_refused_with_nothing_changed(n
         close(again)
 
     try_one()
-    assert len(refused) > 30
-    assert len(restored) > 10
+    assert len(refused) > 10
+    assert len(restored) > 1
     guest.arrived()
     still_works(guest)
     guest.close()
