@@ -15,7 +15,7 @@ README = PROJECT / "examples" / "README.md"
 EXAMPLES = dict(re.findall(r"^```console\n\$ python (.*)\n((?:.*\n)*?)```$", README.read_text(), re.MULTILINE))
 PROGRAMS = {"-m examples.vhost_user_blk": "qemu-storage-daemon"}
 """What an example needs."""
-ON_KVM = ["examples/minimal_device.py", "-m examples.vhost_user_blk"]
+ON_KVM = ["examples/minimal_device.py", "examples/async_device.py", "-m examples.vhost_user_blk"]
 
 
 def output(*words: str) -> str:
