@@ -22,7 +22,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel release pythons oldest-rust stubs format clean
+	bench wheel release pythons oldest-rust stubs completions format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -113,6 +113,7 @@ lint: build-dev ## Check format, style, types, and the stub against the module
 	PYTHONPATH=python $(BIN)/basedpyright --pythonpath $(RUN) --verifytypes mshv_irqfd >target/types.txt || \
 		{ cat target/types.txt; exit 1; }
 	$(RUN) tools/stub_docs.py --check
+	$(RUN) tools/completions.py --check
 
 lab: build-dev ## Run the suite on the real mshv driver, in a kernel of its own under QEMU (built the first time)
 	lab/check
@@ -144,6 +145,9 @@ oldest-rust: $(VENV)/ready ## Build with the oldest rustc that the crate claims 
 
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
+
+completions: build-dev ## Write the command line's completion scripts
+	$(RUN) tools/completions.py
 
 format: $(VENV)/ready ## Format all sources
 	cargo fmt

@@ -85,7 +85,7 @@ def archive() -> str:
 def root_of(suite: Suite) -> Path:
     """The root of a release, made the first time."""
     packages = [package for python in suite.pythons for package in (f"python{python}", f"python{python}-venv")]
-    include = ",".join((*packages, *suite.packages))
+    include = ",".join((*packages, *suite.packages, "mount"))  # a test mounts
     root = CACHE / f"{suite.name}-{hashlib.sha256(include.encode()).hexdigest()[:8]}"
     if root.exists():
         return root
