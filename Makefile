@@ -22,7 +22,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel release pythons oldest-rust stubs completions format clean
+	bench wheel release pythons oldest-rust docs docs-serve stubs completions guest format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -143,11 +143,26 @@ pythons: ## Run tests with the wheel of `make wheel` on CPython 3.11, 3.13, 3.14
 oldest-rust: $(VENV)/ready ## Build with the oldest rustc that the crate claims to need
 	$(RUN) tools/debian.py rust
 
+$(VENV)/docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/docs ## Build the docs site into target/site; warnings and broken links are errors
+	$(RUN) tools/site.py
+
+docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it on every change
+	$(BIN)/zensical serve
+
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
 
 completions: build-dev ## Write the command line's completion scripts
 	$(RUN) tools/completions.py
+
+guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
+	command -v as ld >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
+		{ echo "needs as and ld: apt install binutils"; exit 1; }
+	$(PYTHON) tools/assemble_guest.py
 
 format: $(VENV)/ready ## Format all sources
 	cargo fmt

@@ -52,7 +52,7 @@ mod _core {
     use crate::python::{
         event::EventFd, msi::MsiRoute, objects::Batch, objects::Device, objects::IoEventFd, objects::IrqFdRoute,
         objects::MsiCapability, objects::MsiVector, objects::MsixTable, objects::MsixVector, objects::Partition,
-        objects::Vector, objects::Vectors, probe::RawPartition,
+        objects::Vector, objects::Vectors, probe::RawPartition, waiting::Watch,
     };
 
     #[pymodule_init]

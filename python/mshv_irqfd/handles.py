@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
 
-from mshv_irqfd import _core
+from mshv_irqfd import _core, _interrupts
 from mshv_irqfd.errors import HypervisorUnavailableError
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from mshv_irqfd._core import HasFileno
+    from mshv_irqfd._interrupts import Expected
     from mshv_irqfd.values import Interrupt
 
 DEFAULT_GSIS = range(24, 2072)
@@ -131,16 +132,44 @@ class KvmPartition(Partition):
     def take_interrupts(self, timeout: float = 0.0) -> list[Interrupt]:
         """Takes the interrupts that are pending in the local APICs of the vCPUs that this partition created.
 
-        The APIC records that a vector was raised, not how often. The result is exact only while no signal is in
-        flight: an interrupt that arrives between the ioctl that reads a register and the one that clears it is lost.
+        The APIC has one bit for each vector: it tells that a vector was raised, and neither how often, nor in which
+        order. Where nobody runs the vCPUs, as here, nobody takes an interrupt before the next. The result is exact only
+        while no signal is in flight: an interrupt that arrives between the ioctl that reads a register and the one
+        that clears it is lost. What a running guest takes is not in these registers.
 
         Args:
             timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
 
         Returns:
             `Interrupt`s in order of VP and vector. Only their vector is known.
+
+        Raises:
+            io.UnsupportedOperation: a guest runs on the vCPUs (`mshv-irqfd demo` runs one), and takes the interrupts.
         """
         return self._take_interrupts(timeout)
+
+    def wait_interrupts(
+        self, expected: Expected, *, count: int | None = None, timeout: float = 10.0
+    ) -> list[Interrupt]:
+        """Waits until all expected interrupts are pending, and takes them, and no others.
+
+        The local APIC records that a vector was raised, not how often, so each expected vector has a count of 1. Taking
+        clears registers: as with `take_interrupts()`, an interrupt that arrives in that moment is lost.
+
+        Args:
+            expected: a vector, an `MsiRoute` or an `Interrupt`, or several of them. Only their vectors are compared.
+            count: 1; see `SimulatedPartition.wait_interrupts()`.
+            timeout: how long to wait, in seconds. Ctrl-C ends the wait.
+
+        Returns:
+            The expected `Interrupt`s. All others stay, for later calls of this and of `take_interrupts()`.
+
+        Raises:
+            MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive.
+            ValueError, TypeError: an argument is invalid.
+        """
+        wanted = _interrupts.expected_interrupts(expected, count, counted=False)
+        return _interrupts.wait(self, wanted, timeout, counted=False)
 
 
 class SimulatedPartition(Partition):
@@ -155,6 +184,39 @@ class SimulatedPartition(Partition):
             timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
         """
         return self._take_interrupts(timeout)
+
+    def wait_interrupts(
+        self, expected: Expected, *, count: int | None = None, timeout: float = 10.0
+    ) -> list[Interrupt]:
+        """Waits until all expected interrupts have arrived, and takes them, and no others.
+
+        Args:
+            expected: a vector, an `MsiRoute` or an `Interrupt`, whose fields may be None to match anything; a mapping
+                of such to counts; or several of them, each once.
+            count: how many of a single one are expected. None: one.
+            timeout: how long to wait, in seconds. Ctrl-C ends the wait.
+
+        Returns:
+            The expected `Interrupt`s, in the order of their arrival. All others, surplus ones among them, stay, for
+            later calls of this and of `take_interrupts()`.
+
+        Raises:
+            MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive. None
+                has been taken.
+            ValueError, TypeError: an argument is invalid.
+
+        Example:
+            >>> partition = open_partition("simulated")
+            >>> route = partition.new_irqfd_route()
+            >>> route.set_msi(0xFEE00000, 0x41)
+            >>> partition.signal_msi(0xFEE00000, 0x42)
+            True
+            >>> route.signal()
+            >>> [hex(interrupt.vector) for interrupt in partition.wait_interrupts({0x41: 1, 0x42: 1})]
+            ['0x42', '0x41']
+            >>> partition.close()
+        """
+        return _interrupts.wait(self, _interrupts.expected_interrupts(expected, count), timeout)
 
     def settle(self) -> None:
         """Returns once every signal written before this call is delivered."""

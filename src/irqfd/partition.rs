@@ -1,6 +1,6 @@
 //! A partition: its GSIs, routes, doorbells and VPs, and the lock that guards every call into its kernel.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
@@ -160,13 +160,46 @@ impl Partition {
     }
 
     /// Makes a route on a new eventfd, or on a duplicate of the caller's.
-    pub(super) fn add_route(&self, event: Option<RawFd>) -> Result<Arc<Route>> {
+    pub(super) fn add_route(&self, event: Option<RawFd>, of_device: bool) -> Result<Arc<Route>> {
         self.check_open()?;
         let Some(fd) = event else {
-            return self.add_route_on(self.lock(), new_event()?);
+            return self.add_route_on(self.lock(), new_event()?, of_device);
         };
         // Held to the end, so that two callers can't pass the same eventfd at the same time.
         let all = partitions()?;
+        let event = self.adopt_event(&all, fd)?;
+        self.add_route_on(self.lock(), event, of_device)
+    }
+
+    /// Makes eventfds for routes, or duplicates those of callers, and makes the routes on them.
+    pub(super) fn with_events<T>(
+        &self,
+        fds: &[Option<RawFd>],
+        make: impl FnOnce(Vec<EventFd>) -> Result<T>,
+    ) -> Result<T> {
+        // Held to the end, as in `add_route`.
+        let all = if fds.iter().any(Option::is_some) { Some(partitions()?) } else { None };
+        let mut events: Vec<EventFd> = Vec::with_capacity(fds.len());
+        for fd in fds {
+            let (Some(fd), Some(all)) = (*fd, &all) else {
+                events.push(new_event()?);
+                continue;
+            };
+            let event = self.adopt_event(all, fd)?;
+            let same =
+                |(fd, other): &(&Option<RawFd>, &EventFd)| fd.is_some() && event.is_same(other).unwrap_or(false);
+            if let Some((Some(other), _)) = fds.iter().zip(&events).find(same) {
+                return Err(Error::Invalid(format!(
+                    "file descriptors {other} and {fd} are of one eventfd; a route needs one of its own"
+                )));
+            }
+            events.push(event);
+        }
+        make(events)
+    }
+
+    /// Duplicates a caller's eventfd, unless it is a route's.
+    fn adopt_event(&self, all: &[Weak<Self>], fd: RawFd) -> Result<EventFd> {
         let event = EventFd::adopt(fd)?;
         for other in all.iter().filter_map(Weak::upgrade) {
             if let Some(gsi) = other.lock().route_of(&event) {
@@ -176,7 +209,7 @@ impl Partition {
                 )));
             }
         }
-        self.add_route_on(self.lock(), event)
+        Ok(event)
     }
 
     /// Makes a route on a new eventfd. Returns `None` instead of waiting for the partition's lock.
@@ -187,16 +220,23 @@ impl Partition {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(None),
         };
-        self.add_route_on(state, new_event()?).map(Some)
+        self.add_route_on(state, new_event()?, false).map(Some)
     }
 
-    fn add_route_on(&self, mut state: MutexGuard<'_, State>, event: EventFd) -> Result<Arc<Route>> {
+    fn add_route_on(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        event: EventFd,
+        of_device: bool,
+    ) -> Result<Arc<Route>> {
         if state.closing {
             return Err(closed());
         }
         let index = state.gsis.allocate().ok_or_else(|| Error::Exhausted(self.config.gsis.clone()))?;
         let route = Arc::new(Route::new(self.config.gsis.start + index as u32, event));
-        state.slots[index].route = Some(Arc::clone(&route));
+        let slot = &mut state.slots[index];
+        slot.route = Some(Arc::clone(&route));
+        slot.of_device = of_device;
         Ok(route)
     }
 
@@ -246,6 +286,12 @@ impl Partition {
         change.wanted.map_or(Ok(()), |msi| self.check_destination(vps, Some(gsi), msi))
     }
 
+    /// Makes the check of `apply` for a change.
+    pub(super) fn check_vp_of(&self, state: &State, change: &Change) -> Result {
+        let vps = state.vps.filter(|_| !self.config.allow_missing_vp);
+        vps.map_or(Ok(()), |vps| self.check_vp(&vps, change))
+    }
+
     fn check_destination(&self, vps: &VpSet, gsi: Option<u32>, msi: RawMsi) -> Result {
         let target = Target::decode(msi);
         let exists = match target.destination {
@@ -278,7 +324,7 @@ impl Partition {
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_closed(),
             // Closing the partition tries once more to disarm it, and needs the descriptor for that.
-            Err(_) => {}
+            Err(_) => route.event.wake_waiters(),
         }
         result
     }
@@ -349,9 +395,34 @@ impl Partition {
     /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
         self.check_open()?;
-        self.observer
-            .take_interrupts(wait)
-            .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
+        self.observer.take_interrupts(wait).map_err(unreported)
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, each with a number to claim it by. Waits at most `wait`
+    /// for one with the number `known` or above, and may return earlier without one.
+    pub fn arrived_interrupts(&self, wait: Duration, known: u64) -> Result<Vec<(u64, Interrupt)>> {
+        self.check_open()?;
+        self.observer.arrived(wait, known).map_err(unreported)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim_interrupts(&self, numbers: &[u64]) -> Result<bool> {
+        self.check_open()?;
+        self.observer.claim(numbers).map_err(unreported)
+    }
+
+    /// A duplicate of the descriptor of a vCPU that was made here, for someone who runs it. Until `take_vcpus_back`,
+    /// `take_interrupts` is refused: the guest takes them.
+    pub fn lend_vcpu(&self, index: u8) -> Result<OwnedFd> {
+        self.check_open()?;
+        let vcpu = self.observer.lend_vcpu(index).map_err(|error| unobservable(error, ONLY_KVM))?;
+        vcpu.ok_or_else(|| Error::Invalid(format!("this partition made no VP {index}")))
+    }
+
+    /// Takes the lent vCPUs back: nobody runs them any more.
+    pub fn take_vcpus_back(&self) -> Result {
+        self.check_open()?;
+        self.observer.take_vcpus_back().map_err(|error| unobservable(error, ONLY_KVM))
     }
 
     /// The kernel of a simulated partition.
@@ -391,14 +462,23 @@ impl Partition {
     }
 }
 
+const ONLY_KVM: &str = "only KVM has vCPUs that a program can run";
+
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn unreported(error: ObserveError) -> Error {
+    unobservable(error, "the mshv driver does not report which interrupts arrived")
 }
 
 fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {
     match error {
         ObserveError::Closed => closed(),
         ObserveError::Unsupported => Error::Unobservable(unsupported),
+        ObserveError::Running => Error::Unsupported(
+            "a guest runs on the vCPUs and takes the interrupts itself; ask the guest, or stop it first".into(),
+        ),
         ObserveError::Io(error) => {
             Failure::new(CallError::of(Operation::Observe, "KVM_GET_LAPIC or KVM_SET_LAPIC", &error), None).into()
         }

@@ -48,6 +48,8 @@ pub(super) struct Slot {
     /// Its place in `armed`, counted from 1.
     pub(super) armed: u16,
     pub(super) broken: bool,
+    /// Whether its route is a device's, which saves it.
+    pub(super) of_device: bool,
 }
 
 impl Slot {
@@ -63,7 +65,8 @@ impl Slot {
 impl State {
     pub(super) fn new(hypervisor: Box<dyn Hypervisor>, config: &Config, vps: Option<VpSet>) -> Self {
         let size = config.gsis.len();
-        let slot = |gsi| Slot { route: None, wanted: None, place: gsi as u16, armed: 0, broken: false };
+        let slot =
+            |gsi| Slot { route: None, wanted: None, place: gsi as u16, armed: 0, broken: false, of_device: false };
         let spares = config.spare_gsis(hypervisor.has_pins());
         let end = spares.iter().map(|gsi| u32::from(*gsi) + 1).max().unwrap_or(0).max(config.gsis.end);
         Self {
