@@ -21,7 +21,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 # Threads that run each test at once.
 PARALLEL_THREADS ?= 4
 
-.PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
+.PHONY: help build-dev test programs parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
 	bench wheel release pythons oldest-rust docs docs-serve stubs completions guest format clean
 .DEFAULT_GOAL := help
 
@@ -39,6 +39,12 @@ build-dev: $(VENV)/ready ## Build the package into the virtual environment, for 
 test: build-dev ## Run every test: Rust's, then Python's on every backend of this machine
 	cargo test --quiet --locked
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+programs: ## Install the programs that tests put on the other end of an eventfd: QEMU and its storage daemon
+	{ command -v qemu-storage-daemon && command -v qemu-system-x86_64; } >/dev/null || \
+		{ test "$$(id -u)" = 0 && apt-get -q update && \
+			apt-get -qy install --no-install-recommends qemu-system-common qemu-system-x86; } || \
+		{ echo "needs qemu-storage-daemon, qemu-system-x86_64: apt install qemu-system-common qemu-system-x86"; exit 1; }
 
 # Thread-unsafe tests are skipped here; `make test` runs them. The races start their own threads: one round of each is
 # enough beside the other tests.
@@ -148,7 +154,7 @@ $(VENV)/docs: $(VENV)/ready requirements-docs.txt
 	touch $@
 
 docs: $(VENV)/docs ## Build the docs site into target/site; warnings and broken links are errors
-	$(RUN) tools/site.py
+	$(RUN) tools/docs_site.py
 
 docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it on every change
 	$(BIN)/zensical serve
@@ -160,7 +166,7 @@ completions: build-dev ## Write the command line's completion scripts
 	$(RUN) tools/completions.py
 
 guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
-	command -v as ld >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
+	command -v as >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
 		{ echo "needs as and ld: apt install binutils"; exit 1; }
 	$(PYTHON) tools/assemble_guest.py
 

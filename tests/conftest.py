@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Test runs within tests, for the plugin.
+pytest_plugins = ["pytester"]
+
 # Its failed assertions show values, as those of the tests do.
 pytest.register_assert_rewrite("machine")
 

@@ -593,8 +593,8 @@ class Device:
         """Tries again to arm and disarm the vectors in `faults()`, with one push at most.
 
         For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
-        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
-        is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+        what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
 
         Returns:
             The vectors that failed again, as `faults()` does.
@@ -1051,15 +1051,15 @@ class Partition:
         """Whether irqfds are disarmed around every push."""
 
     @property
-    def log_calls(self) -> bool: ...
-    @log_calls.setter
-    def log_calls(self, log_calls: bool) -> None:
+    def log_calls(self) -> bool:
         """Whether every push, arming and disarming is logged, with its reason: at DEBUG, by the logger `mshv_irqfd`.
 
         Set at opening if that logger takes such records by then. Calls that the kernel refused are logged always, at
         WARNING. Records are emitted after the call that they are about, in the thread that made it or another one.
         """
 
+    @log_calls.setter
+    def log_calls(self, log_calls: bool) -> None: ...
     @property
     def vps(self) -> tuple[int, ...] | None:
         """The indexes of the VPs, which are also their APIC ids, in a tuple.
@@ -1259,6 +1259,9 @@ class Partition:
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
+    def _clear_faults(self, call: str) -> int:
+        """Forgets the faults of a kind. Returns the number of calls that were still to fail."""
+
     def _is_left_open(self) -> bool:
         """Whether a finalizer should warn. Always false in a forked child."""
 

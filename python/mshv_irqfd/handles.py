@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, TypeAlias, cast, overload
 
 from mshv_irqfd import _core, _interrupts
 from mshv_irqfd._describe import Description
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from mshv_irqfd._core import HasFileno
     from mshv_irqfd._interrupts import Expected
     from mshv_irqfd.values import Interrupt
+
+_SimulatedCall: TypeAlias = Literal[
+    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
+]
+"""The calls into the simulated kernel that can be made to fail."""
 
 DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs, above the 24 that are IOAPIC pins by convention."""
@@ -186,6 +191,17 @@ class KvmPartition(Partition):
         wanted = _interrupts.expected_interrupts(expected, count, counted=False)
         return _interrupts.wait(self, wanted, timeout, counted=False)
 
+    def settle(self) -> None:
+        """Returns once the interrupt of every signal before this call is pending in a local APIC.
+
+        KVM may take a signal and raise its interrupt a little later. This disarms every irqfd, which waits for that,
+        and arms it again. Signals that arrive meanwhile raise one interrupt then.
+
+        Raises:
+            IrqFdError: the kernel refused, and everything is as before.
+        """
+        self._settle()
+
 
 class SimulatedPartition(Partition):
     """A partition of the simulated kernel, which behaves as the mshv driver does; see `Partition`."""
@@ -256,14 +272,7 @@ class SimulatedPartition(Partition):
 
     def fail(
         self,
-        call: Literal[
-            "set_msi_routing",
-            "assign_irqfd",
-            "deassign_irqfd",
-            "assign_ioeventfd",
-            "deassign_ioeventfd",
-            "signal_msi",
-        ],
+        call: _SimulatedCall,
         errno: int,
         *,
         after: int = 0,

@@ -380,6 +380,14 @@ impl Driver {
     pub fn fail(&self, operation: Operation, errno: i32, after: u32, times: u32) {
         self.lock().faults.push(Fault { operation, errno, after, times });
     }
+
+    /// Forgets the faults of a kind. Returns the number of calls that were still to fail.
+    pub fn clear_faults(&self, operation: Operation) -> u32 {
+        let mut state = self.lock();
+        let left = state.faults.iter().filter(|fault| fault.operation == operation).map(|fault| fault.times).sum();
+        state.faults.retain(|fault| fault.operation != operation);
+        left
+    }
 }
 
 impl State {

@@ -17,6 +17,7 @@ use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use super::trace::Trace;
 use super::vps::VpSet;
+use crate::hypervisor::Backend;
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::observer::{ObserveError, Observer};
 use crate::hypervisor::owner::{Owner, PerProcess};
@@ -418,6 +419,18 @@ impl Partition {
     pub fn claim_interrupts(&self, numbers: &[u64]) -> Result<bool> {
         self.check_open()?;
         self.observer.claim(numbers).map_err(unreported)
+    }
+
+    /// Returns once the interrupt of every signal before this call has been raised.
+    pub fn settle(&self) -> Result {
+        self.check_open()?;
+        match self.config.backend {
+            Backend::Simulated => self.simulated()?.settle(),
+            Backend::Kvm => self.lock_open()?.flush()?,
+            // The driver raises it before the write returns.
+            Backend::Mshv => {}
+        }
+        Ok(())
     }
 
     /// A duplicate of the descriptor of a vCPU that was made here, for someone who runs it. Until `take_vcpus_back`,

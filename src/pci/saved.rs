@@ -116,24 +116,13 @@ fn check(live: &[bool], states: &[VectorState]) -> Result {
         if let Some(other) = other.replace(at) {
             return refuse(at, format!(".vector: {vector} is that of vectors[{other}] too"));
         }
-        match (live[*vector as usize], gsi, msi, fault) {
-            (true, Some(_), Some(_), None) | (true, _, None, Some(_)) | (false, _, None, None) => {}
-            (true, None, Some(_), None) => {
-                return refuse(at, ".gsi: expected a GSI, as there is an msi".into());
-            }
-            (true, ..) => {
-                return refuse(
-                    at,
-                    ": the registers let the vector send, so it has either an msi or a fault".into(),
-                );
-            }
-            (false, ..) => {
-                return refuse(
-                    at,
-                    ": the registers do not let the vector send, so its msi and fault are null".into(),
-                );
-            }
-        }
+        let wrong = match (live[*vector as usize], gsi, msi, fault) {
+            (true, Some(_), Some(_), None) | (true, _, _, Some(_)) | (false, _, None, None) => continue,
+            (true, None, Some(_), None) => ".gsi: expected a GSI, as the vector is armed",
+            (true, _, None, None) => ": the registers let the vector send, so it has an msi or a fault",
+            (false, ..) => ": the registers do not let the vector send, so its msi and fault are null",
+        };
+        return refuse(at, wrong.into());
     }
     match live.iter().zip(seen).position(|(live, seen)| *live && seen.is_none()) {
         Some(vector) => Err(Error::Invalid(format!(

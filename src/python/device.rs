@@ -116,8 +116,8 @@ impl Device {
     /// Tries again to arm and disarm the vectors in `faults()`, with one push at most.
     ///
     /// For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
-    /// writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends what
-    /// is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+    /// writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+    /// what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
     ///
     /// Returns:
     ///     The vectors that failed again, as `faults()` does.

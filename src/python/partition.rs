@@ -435,8 +435,7 @@ impl Partition {
     }
 
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.core.simulated().map(|driver| driver.settle()))?;
-        Ok(())
+        Ok(py.detach(|| self.core.settle())?)
     }
 
     fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Vec<u8>) -> PyResult<bool> {
@@ -445,20 +444,7 @@ impl Partition {
     }
 
     fn _fail(&self, py: Python<'_>, call: &str, errno: i32, after: u32, times: u32) -> PyResult<()> {
-        let operation = match call {
-            "set_msi_routing" => Operation::SetMsiRouting,
-            "assign_irqfd" => Operation::AssignIrqfd,
-            "deassign_irqfd" => Operation::DeassignIrqfd,
-            "assign_ioeventfd" => Operation::AssignIoEventFd,
-            "deassign_ioeventfd" => Operation::DeassignIoEventFd,
-            "signal_msi" => Operation::SignalMsi,
-            _ => {
-                return Err(PyValueError::new_err(format!(
-                    "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
-                     \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
-                )));
-            }
-        };
+        let operation = operation(call)?;
         if !(1..4096).contains(&errno) {
             return Err(PyValueError::new_err(format!(
                 "errno {errno} is not an error number; give one from the errno module"
@@ -466,6 +452,12 @@ impl Partition {
         }
         let fail = || self.core.simulated().map(|driver| driver.fail(operation, errno, after, times));
         Ok(py.detach(fail)?)
+    }
+
+    /// Forgets the faults of a kind. Returns the number of calls that were still to fail.
+    fn _clear_faults(&self, py: Python<'_>, call: &str) -> PyResult<u32> {
+        let operation = operation(call)?;
+        Ok(py.detach(|| self.core.simulated().map(|driver| driver.clear_faults(operation)))?)
     }
 
     /// Whether a finalizer should warn. Always false in a forked child.
@@ -502,4 +494,22 @@ impl Partition {
         let quiesce = if core.config().quiesce { " quiesced" } else { "" };
         Ok(format!("<{name} backend={backend}{state} gsis={}-{}{quiesce}>", gsis.start, gsis.end - 1))
     }
+}
+
+/// The call of the simulated kernel that a caller names.
+fn operation(call: &str) -> PyResult<Operation> {
+    Ok(match call {
+        "set_msi_routing" => Operation::SetMsiRouting,
+        "assign_irqfd" => Operation::AssignIrqfd,
+        "deassign_irqfd" => Operation::DeassignIrqfd,
+        "assign_ioeventfd" => Operation::AssignIoEventFd,
+        "deassign_ioeventfd" => Operation::DeassignIoEventFd,
+        "signal_msi" => Operation::SignalMsi,
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
+                 \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
+            )));
+        }
+    })
 }

@@ -70,7 +70,7 @@ class Machine:
 
     def check(self, *messages: MsiRoute) -> None:
         """Asserts that each request was done once and well, and that no interrupt came but with these messages."""
-        self.driver.finish(self.route)
+        self.driver.finish()
         # The daemon may be about to signal a request that the driver has already taken.
         self.storage.kill()
         self.driver.interrupts.update(self.guest.arrived())
@@ -126,7 +126,7 @@ def test_each_request_raises_one_interrupt_and_every_byte_checks_out(machine: Ma
 
 
 def test_under_load_no_interrupt_is_lost(machine: Machine) -> None:
-    machine.driver.load(machine.route, 500, random.Random(2))
+    machine.driver.load(500, random.Random(2))
     machine.check()
 
 
@@ -152,23 +152,18 @@ MESSAGES = [msi(vector, apic_id) for vector in range(0x41, 0x49) for apic_id in 
 
 def change_of(machine: Machine, name: str, other: IrqFdRoute) -> Callable[[], object]:
     """Something that another thread does all the time."""
-    route, lock = machine.route, machine.driver.changing
-    messages, numbers = cycle(MESSAGES), cycle(range(256))
+    route, messages, numbers = machine.route, cycle(MESSAGES), cycle(range(256))
 
     def retarget() -> None:
-        with lock:
-            route.set_msi(next(messages))
+        route.set_msi(next(messages))
 
     def mask() -> None:
-        with lock:
-            route.mask()
-        with lock:
-            route.unmask()
+        route.mask()
+        route.unmask()
 
     def push() -> None:
         # No push loads an NMI in advance, so each new one is a push.
-        with lock:
-            other.set_msi(unique(next(numbers)))
+        other.set_msi(unique(next(numbers)))
 
     return {"retargets": retarget, "masks": mask, "pushes": push}[name]
 
@@ -177,8 +172,8 @@ def change_of(machine: Machine, name: str, other: IrqFdRoute) -> Callable[[], ob
 def test_no_interrupt_is_lost_while_routes_change(machine: Machine, change: str) -> None:
     with machine.guest.partition.new_irqfd_route() as other:
         with meanwhile(change_of(machine, change, other)):
-            machine.driver.load(machine.route, 300, random.Random(3))
-            machine.driver.finish(machine.route)
+            machine.driver.load(300, random.Random(3))
+            machine.driver.finish()
         machine.check(*MESSAGES if change == "retargets" else [FIRST])
 
 
@@ -230,7 +225,7 @@ def test_requests_in_flight_when_the_daemon_is_killed_are_submitted_again(machin
     chance = random.Random(4)
     while not machine.driver.disk.full:
         machine.driver.submit_any(chance)
-    machine.driver.interrupted(machine.route)
+    machine.driver.interrupted()
     in_flight = len(machine.driver.disk.in_flight)
     assert in_flight >= 3
     machine.storage.kill()
@@ -246,7 +241,7 @@ def test_daemons_killed_under_load_lose_no_request_and_no_interrupt(machine: Mac
     driver, route, chance = machine.driver, machine.route, random.Random(5)
     with meanwhile(change_of(machine, change, route)):
         for _ in range(6):
-            driver.load(route, chance.randrange(1, 100), chance)
+            driver.load(chance.randrange(1, 100), chance)
             machine.storage.kill()
             # The guest goes on meanwhile: its requests and rings wait.
             while not driver.disk.full:
@@ -254,7 +249,7 @@ def test_daemons_killed_under_load_lose_no_request_and_no_interrupt(machine: Mac
             machine.storage.start()
             driver.connect(route)
             driver.take_done()
-        driver.finish(route)
+        driver.finish()
     machine.check(*MESSAGES)
 
 

@@ -104,7 +104,7 @@ class Guest(ABC):
         if self.merges:
             for one in told.keys() & wanted.keys():
                 wanted[one] = min(wanted[one], told[one])
-        assert told == wanted
+        assert told == wanted, f"arrived: {dict(told)}; expected: {dict(wanted)}"
 
     def gets(self, expected: MsiRoute, *, once: bool = True) -> None:
         """Waits for this interrupt, and asserts that no other comes with it. Does not touch armed irqfds.
@@ -139,8 +139,8 @@ class Guest(ABC):
                 for route in self.partition.routes:
                     route.close()
                 self.receives_nothing()
-                self.partition.close()
         finally:
+            self.partition.close()
             self.stop()
 
 
@@ -175,8 +175,6 @@ class KvmGuest(Guest):
         """The code that runs on the VPs."""
         if self._running is None:
             self._running = self._run()
-        if isinstance(self._running, GuestOfPartition):
-            self._running.add_new_vps()
         return self._running
 
     def _run(self) -> CountingGuest:
@@ -196,7 +194,10 @@ class KvmGuest(Guest):
             if route.armed:
                 for flags in (KVM_IRQFD_FLAG_DEASSIGN, 0):
                     fcntl.ioctl(vm, KVM_IRQFD, struct.pack("IIII16x", route.fileno(), route.armed_gsi, flags, 0))
-        self.running().fence()
+        running = self.running()
+        if isinstance(running, GuestOfPartition):
+            running.add_new_vps()
+        running.fence()
         return self.poll()
 
     def poll(self) -> list[Interrupt]:
@@ -289,6 +290,5 @@ def close_all(guests: Iterable[Guest]) -> None:
             guest.close()
         except AssertionError as error:
             errors.append(error)
-            guest.partition.close()
     if errors:
         raise errors[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from backends import Guest
-    from mshv_irqfd import Interrupt, IoEventFd, IrqFdRoute
+    from mshv_irqfd import Interrupt, IoEventFd
     from vhost_user_blk.disk import Done
     from vhost_user_blk.front_end import HasFileno
 
@@ -42,8 +41,6 @@ class DiskDriver:
         self.completed: Counter[int] = Counter()
         """How often each request was reported done, by number."""
         self.submitted = 0
-        self.changing = threading.Lock()
-        """Held while the route is changed, and while KVM's local APIC is read."""
         self._expected: dict[int, bytes] = {}
         self._busy: dict[int, range] = {}
 
@@ -82,40 +79,28 @@ class DiskDriver:
             del self._busy[done.number]
         return taken
 
-    def poll(self, route: IrqFdRoute) -> list[Interrupt]:
-        """Takes the interrupts so far. An interrupt that arrives while KVM's local APIC is read would be lost there."""
-        if self.guest.partition.backend != "kvm":
-            return self.guest.poll()
-        with self.changing:
-            was_masked = route.masked
-            route.mask()
-            arrived = self.guest.poll()
-            if not was_masked:
-                route.unmask()
-        return arrived
-
-    def interrupted(self, route: IrqFdRoute) -> list[Done]:
+    def interrupted(self) -> list[Done]:
         """Waits for interrupts, and takes the requests that are done."""
         arrived: list[Interrupt] = []
 
         def some() -> bool:
-            arrived.extend(self.poll(route))
+            arrived.extend(self.guest.poll())
             return arrived != []
 
         until(some, f"an interrupt: {len(self._busy)} of {self.submitted} requests are in flight")
         self.interrupts.update(arrived)
         return self.take_done()
 
-    def finish(self, route: IrqFdRoute) -> None:
+    def finish(self) -> None:
         """Waits until no request is in flight."""
         while self._busy:
-            self.interrupted(route)
+            self.interrupted()
 
-    def load(self, route: IrqFdRoute, requests: int, chance: random.Random) -> None:
+    def load(self, requests: int, chance: random.Random) -> None:
         """Submits random reads, writes and flushes, as many at a time as fit."""
         for _ in range(requests):
             while self.disk.full:
-                self.interrupted(route)
+                self.interrupted()
             self.submit_any(chance)
 
     def submit_any(self, chance: random.Random) -> None:

@@ -37,14 +37,21 @@ def required_programs() -> set[str]:
     return names
 
 
+def lacks_program(name: str) -> str | None:
+    """The reason why a program is missing here, with the remedy; None if it is there. Raises if it was asked for."""
+    if shutil.which(name) is not None:
+        return None
+    reason = f"needs {name}: run `make programs` (Debian: apt install {PROGRAMS[name]})"
+    assert name not in required_programs(), f"asked for by {SELECTION}: {reason}"
+    return reason
+
+
 def need_program(name: str) -> str:
     """The path of a program. Skips the test if it is missing; fails it if the program was asked for by name."""
-    path = shutil.which(name)
-    if path is None:
-        reason = f"needs {name}: run `make programs` (Debian: apt install {PROGRAMS[name]})"
-        if name in required_programs():
-            pytest.fail(f"asked for by {SELECTION}: {reason}")
+    if reason := lacks_program(name):
         pytest.skip(reason)
+    path = shutil.which(name)
+    assert path is not None
     return path
 
 

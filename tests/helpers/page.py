@@ -8,7 +8,8 @@
 | `output`, or none | compared with what the `python` block before it printed; `...` stands for anything |
 | `json`, `toml` without a title | parsed |
 
-A comment before a fence says what else it needs: `<!-- needs: kvm -->` runs it where that backend is. A command that
+A comment before a fence says what else it needs: `<!-- needs: kvm -->` runs it where that backend is, and
+`<!-- needs: qemu-storage-daemon -->` where that program is. The examples can be imported. A command that
 sets a machine up is not run again: `<!-- in: Makefile -->` demands that each command of the fence is in that file of
 the project, or, for `make VERB`, that the verb exists. A measurement of minutes is run for an instant, on another
 backend: `<!-- shortened: simulated -->`.
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import backends
+from needs import PROGRAMS, lacks_program
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
@@ -90,7 +92,9 @@ def unknown(example: Example) -> str:
 
 
 def lacks(backend: str) -> bool:
-    """Whether a backend is missing here. Raises if it was asked for by name."""
+    """Whether a backend or program is missing here. Raises if it was asked for by name."""
+    if backend in PROGRAMS:
+        return lacks_program(backend) is not None
     reason = backends.unavailable(backend)
     assert reason is None or not backends.required(backend), reason
     return reason is not None or backend not in backends.selected()
@@ -192,6 +196,7 @@ KINDS: dict[str, Callable[[Example], str | None]] = {
 def main() -> None:
     page = sys.argv[1]
     sys.path.insert(0, str(Path.cwd()))  # as a Python shell has it
+    sys.path.append(str(PROJECT / "examples"))
     document = Document.parse(page, snippets)
     document.namespace |= {"names": {"__name__": "__main__"}, "skipped": False}
     for example in document.examples():

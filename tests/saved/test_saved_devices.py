@@ -227,6 +227,24 @@ def test_a_vector_whose_route_was_masked_behind_its_back_is_restored_as_faulty(
     assert (new.faulty(), new.armed()) == ({6}, {0})
 
 
+def test_a_vector_that_the_kernel_refused_keeps_its_fault_until_a_retry(open_guest: Open, faults: Faults) -> None:
+    driver, guest = Driver(open_guest(), 2), open_guest()
+    faults.fail(driver.guest.partition, "assign_irqfd", errno.ENOMEM)
+    faults.run(partial(driver.bring_up, rare(0x41)))
+    assert driver.faulty() == {0}
+    driver.write(0, DATA, 0x51)
+    driver[0].signal()
+    [(_, refused)] = driver.table.faults()
+    new = moved(driver, guest)
+    [(vector, error)] = new.table.faults()
+    assert (vector, type(error), str(error)) == (0, ValueError, str(refused).partition(": ")[2])
+    assert new.pending_bits() == {0}
+    with counting(guest.partition) as made:
+        assert new.table.retry_faults() == []
+    assert (made.stats.pushes, new.armed()) == (1, {0})
+    guest.receives(rare(0x41))
+
+
 def test_a_broken_vector_can_not_be_saved(guest: Guest, faults: Faults) -> None:
     driver = Driver(guest, 2)
     driver.control(ENABLE | FUNCTION_MASK)

@@ -1,6 +1,6 @@
 """Builds the docs site into target/site, and checks it.
 
-usage: python tools/site.py
+usage: python tools/docs_site.py
 
 Any warning fails: a broken link or reference in a page, or a docstring that griffe cannot read. The built pages are
 then checked as a browser sees them: every local address leads to a file of the site, with the anchor that it names, and
@@ -22,6 +22,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 SITE = PROJECT / "target" / "site"
 LOADED = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("object", "data")}
 """What a browser loads without being asked; it follows links only when clicked."""
+FOREIGN = re.compile(r"""(?:url\(|@import )["']?((?:https?:)?//[^"')]+)""")
+"""What a style loads from another host."""
 
 
 class Page(HTMLParser):
@@ -58,11 +60,11 @@ def build() -> list[str]:
     return [line for line in told.splitlines() if "griffe:" in line]
 
 
-def unlisted() -> list[str]:
+def unlisted(project: Path) -> list[str]:
     """Pages that the navigation lacks, and entries of the navigation that are no pages."""
-    config = yaml.safe_load((PROJECT / "mkdocs.yml").read_text())
+    config = yaml.safe_load((project / "mkdocs.yml").read_text())
     listed = set(entries(config["nav"]))
-    pages = {str(page.relative_to(PROJECT / "docs")) for page in (PROJECT / "docs").rglob("*.md")}
+    pages = {str(page.relative_to(project / "docs")) for page in (project / "docs").rglob("*.md")}
     return [
         *(f"mkdocs.yml: the navigation lacks {page}" for page in sorted(pages - listed)),
         *(f"mkdocs.yml: there is no docs/{page}" for page in sorted(listed - pages)),
@@ -76,35 +78,46 @@ def entries(nav: object) -> list[str]:
     return [page for part in nav for page in entries(part)] if isinstance(nav, list) else [str(nav)]
 
 
-def problems(pages: dict[Path, Page]) -> list[str]:
-    """Everything that is wrong with the addresses in the built pages."""
-    found = []
-    for path, page in pages.items():
-        for tag, name, address in page.addresses:
-            url = urlsplit(address)
-            where = f"{path.relative_to(SITE)}: {address}"
-            if url.scheme or url.netloc:
-                canonical = tag == "link" and not address.endswith((".css", ".js", ".woff2"))
-                if (tag, name) in LOADED and url.scheme != "data" and not canonical:
-                    found.append(f"{where} is loaded from another host")
-                continue
-            target = path if not url.path else (path.parent / unquote(url.path)).resolve()
-            if path.name == "404.html" and url.path.startswith("/"):
-                target = SITE / url.path.lstrip("/")
-            if target.is_dir():
-                target /= "index.html"
-            if not target.is_file():
-                found.append(f"{where} leads nowhere")
-            elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].anchors:
-                found.append(f"{where}: there is no such anchor")
-    return found
+def problems(site: Path) -> list[str]:
+    """Everything that is wrong with the addresses in the built pages and styles."""
+    pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
+    found = [
+        f"{path.relative_to(site)}: {address} {problem}"
+        for path, page in pages.items()
+        for tag, name, address in page.addresses
+        if (problem := wrong(site, path, (tag, name), address, pages))
+    ]
+    return found + [
+        f"{sheet.relative_to(site)}: {address} is loaded from another host"
+        for sheet in sorted(site.rglob("*.css"))
+        for address in FOREIGN.findall(sheet.read_text())
+    ]
+
+
+def wrong(site: Path, path: Path, place: tuple[str, str], address: str, pages: dict[Path, Page]) -> str | None:
+    """What is wrong with an address in a page."""
+    url = urlsplit(address)
+    if url.scheme or url.netloc:
+        names_a_page = place[0] == "link" and not address.endswith((".css", ".js", ".woff2"))
+        loaded = place in LOADED and url.scheme != "data" and not names_a_page
+        return "is loaded from another host" if loaded else None
+    target = path if not url.path else (path.parent / unquote(url.path)).resolve()
+    if path.name == "404.html" and url.path.startswith("/"):
+        target = site / url.path.lstrip("/")
+    if target.is_dir():
+        target /= "index.html"
+    if not target.is_file():
+        return "leads nowhere"
+    if url.fragment and target in pages and unquote(url.fragment) not in pages[target].anchors:
+        return "leads to an anchor that is not there"
+    return None
 
 
 def main() -> int:
     """Builds and checks. Returns the exit status."""
-    found = unlisted() + build()
+    found = unlisted(PROJECT) + build()
     if not found:
-        found = problems({path: Page(path) for path in sorted(SITE.rglob("*.html"))})
+        found = problems(SITE)
     for problem in found:
         sys.stderr.write(f"{problem}\n")
     if not found:
