@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from mshv_irqfd.errors import ClosedError
 from mshv_irqfd.values import DeliveryMode
@@ -47,7 +47,7 @@ class Description(str):
     _rows: list[tuple[str, ...]]
     _counters: str
 
-    def __new__(cls, partition: _core.Partition) -> Description:
+    def __new__(cls, partition: _core.Partition) -> Self:
         """Looks at every route once. Routes may change meanwhile: each line is true, of its moment."""
         rows = [cells for route in partition.routes if (cells := row(route)) is not None]
         counters = ", ".join(f"{name} {value}" for name, value in partition.stats()._asdict().items())

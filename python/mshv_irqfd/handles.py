@@ -75,7 +75,7 @@ class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is 
     __slots__ = ()
 
     def describe(self) -> str:
-        """A table of the routes (GSI, state, where armed, MSI, interrupt, masked, pending) and the counters, for people.
+        """A table for people: the routes (GSI, state, where armed, MSI, interrupt, masked, pending) and the counters.
 
         A device's vectors are among the routes once they are used. `rich.print()` shows a table with rules.
 

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import __version__
-from mshv_irqfd._cli import bench, completion, demo, probe
+from mshv_irqfd._cli import bench, completion, demo, doctor, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subcommands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, probe, bench, completion):
+    for module in (doctor, demo, probe, bench, completion):
         module.add_parser(subcommands)
     return whole
 
