@@ -24,21 +24,7 @@ from support import PATIENCE, in_child, msi, refusal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from backends import Backend, Guest, KvmGuest, SimulatedGuest
-
-
-def telling(partition: Partition) -> SimulatedPartition | KvmPartition:
-    """The partition, if it can tell what arrives."""
-    assert isinstance(partition, SimulatedPartition | KvmPartition)
-    return partition
-
-
-@pytest.fixture
-def told(backend: Backend, guest: Guest) -> Guest:
-    """A guest of each backend that can tell."""
-    if backend.name == "mshv":
-        pytest.skip("the mshv driver does not tell which interrupts arrive")
-    return guest
+    from backends import SimulatedGuest, Telling
 
 
 def raised(partition: Partition, *vectors: int) -> None:
@@ -63,15 +49,15 @@ def vectors(interrupts: list[Interrupt]) -> list[int]:
     ],
     ids=str,
 )
-def test_what_is_expected_is_taken_and_everything_else_stays(told: Guest, expected: Any, found: list[int]) -> None:
-    partition = telling(told.partition)
+def test_what_is_expected_is_taken_and_everything_else_stays(
+    partition: Telling, expected: Any, found: list[int]
+) -> None:
     raised(partition, 0x41, 0x42, 0x43)
     assert vectors(partition.wait_interrupts(expected, timeout=PATIENCE)) == found
     assert vectors(partition.take_interrupts()) == [vector for vector in (0x41, 0x42, 0x43) if vector not in found]
 
 
-def test_what_stays_is_there_for_the_next_wait(told: Guest) -> None:
-    partition = telling(told.partition)
+def test_what_stays_is_there_for_the_next_wait(partition: Telling) -> None:
     raised(partition, 0x41, 0x42, 0x43)
     for vector in (0x43, 0x41, 0x42):
         assert vectors(partition.wait_interrupts(vector, timeout=PATIENCE)) == [vector]
@@ -79,8 +65,7 @@ def test_what_stays_is_there_for_the_next_wait(told: Guest) -> None:
     assert vectors(partition.take_interrupts()) == [0x42]
 
 
-def test_it_waits_for_signals_of_another_thread(told: Guest) -> None:
-    partition = telling(told.partition)
+def test_it_waits_for_signals_of_another_thread(partition: Telling) -> None:
     route = partition.new_irqfd_route()
     route.set_msi(msi(0x41))
     # It arrives, whether or not the other thread is late.
@@ -91,8 +76,8 @@ def test_it_waits_for_signals_of_another_thread(told: Guest) -> None:
     route.close()
 
 
-def test_threads_that_wait_for_different_interrupts_get_their_own(told: Guest) -> None:
-    partition, found = telling(told.partition), dict[int, list[int]]()
+def test_threads_that_wait_for_different_interrupts_get_their_own(partition: Telling) -> None:
+    found = dict[int, list[int]]()
 
     def wait(vector: int) -> None:
         found[vector] = vectors(partition.wait_interrupts(vector, timeout=PATIENCE))
@@ -106,8 +91,9 @@ def test_threads_that_wait_for_different_interrupts_get_their_own(told: Guest) -
     assert found == {vector: [vector] for vector in range(0x41, 0x45)}
 
 
-def test_after_the_deadline_it_says_what_is_missing_and_what_arrived_and_takes_nothing(told: Guest) -> None:
-    partition = telling(told.partition)
+def test_after_the_deadline_it_says_what_is_missing_and_what_arrived_and_takes_nothing(
+    partition: Telling,
+) -> None:
     raised(partition, 0x41, 0x50)
     with pytest.raises(MissingInterruptError) as late:
         partition.wait_interrupts([0x41, 0x42], timeout=0.001)
@@ -115,7 +101,7 @@ def test_after_the_deadline_it_says_what_is_missing_and_what_arrived_and_takes_n
     assert isinstance(late.value, TimeoutError)
     assert late.value.missing == {Interrupt(0x42): 1}
     assert vectors(late.value.arrived) == [0x41, 0x50]
-    one, to = ("1 x ", " to APIC 0") if told.counted else ("", "")
+    one, to = ("1 x ", " to APIC 0") if isinstance(partition, SimulatedPartition) else ("", "")
     assert str(late.value) == (
         f"missing after 0.001 s: {one}vector 0x42; expected {one}vector 0x41; {one}vector 0x42; "
         f"arrived: {one}vector 0x41{to}; {one}vector 0x50{to}"
@@ -158,25 +144,25 @@ def test_each_field_that_is_known_is_compared(simulated: SimulatedGuest) -> None
     assert partition.take_interrupts() == [Interrupt(0x41, 0, DeliveryMode.FIXED, logical=False, level=False)]
 
 
-def test_kvm_has_no_counts(kvm: KvmGuest) -> None:
+def test_kvm_has_no_counts(kvm_partition: KvmPartition) -> None:
     for expected, count in (({0x41: 2}, None), (0x41, 2), ([0x41, 0x41], None)):
         with pytest.raises(
             ValueError, match="count 2 of vector 0x41: KVM reports that a vector was raised, not how often"
         ):
-            kvm.partition.wait_interrupts(expected, count=count)
-    raised(kvm.partition, 0x41, 0x41)
-    kvm.partition.wait_interrupts(0x41, count=1)
-    assert kvm.partition.take_interrupts() == []
+            kvm_partition.wait_interrupts(expected, count=count)
+    raised(kvm_partition, 0x41, 0x41)
+    kvm_partition.wait_interrupts(0x41, count=1)
+    assert kvm_partition.take_interrupts() == []
 
 
-def test_on_kvm_each_vcpu_has_its_own(kvm: KvmGuest) -> None:
-    kvm.partition.create_vp(1)
+def test_on_kvm_each_vcpu_has_its_own(kvm_partition: KvmPartition) -> None:
+    kvm_partition.create_vp(1)
     for apic_id in (0, 1):
-        assert kvm.partition.signal_msi(msi(0x41, apic_id))
+        assert kvm_partition.signal_msi(msi(0x41, apic_id))
     for _ in range(2):
-        assert kvm.partition.wait_interrupts(0x41, timeout=0) == [Interrupt(0x41)]
+        assert kvm_partition.wait_interrupts(0x41, timeout=0) == [Interrupt(0x41)]
     with pytest.raises(MissingInterruptError, match="expected vector 0x41; arrived: none"):
-        kvm.partition.wait_interrupts(0x41, timeout=0)
+        kvm_partition.wait_interrupts(0x41, timeout=0)
 
 
 @pytest.mark.parametrize(
@@ -203,24 +189,25 @@ def test_on_kvm_each_vcpu_has_its_own(kvm: KvmGuest) -> None:
     ids=str,
 )
 def test_invalid_arguments_are_refused_and_take_nothing(
-    told: Guest, expected: Any, options: dict[str, Any], error: type[Exception], message: str
+    partition: Telling,
+    expected: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
-    partition = telling(told.partition)
     raised(partition, 0x41)
     with pytest.raises(error, match=message):
         partition.wait_interrupts(expected, **options)
     assert vectors(partition.take_interrupts()) == [0x41]
 
 
-def test_a_closed_partition_is_not_waited_for(told: Guest) -> None:
-    partition = telling(told.partition)
+def test_a_closed_partition_is_not_waited_for(partition: Telling) -> None:
     partition.close()
     with pytest.raises(ClosedError):
         partition.wait_interrupts(0x41)
 
 
-def test_a_forked_child_can_not_wait_for_interrupts(told: Guest) -> None:
-    partition = telling(told.partition)
+def test_a_forked_child_can_not_wait_for_interrupts(partition: Telling) -> None:
     assert in_child(lambda: refusal(lambda: partition.wait_interrupts(0x41, timeout=0))) == "ForkedError"
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from hvstub import HvStub
 
+Telling = SimulatedPartition | KvmPartition
+"""A partition that tells what arrives, if no guest takes it."""
+
 NAMES = ("simulated", "kvm", "mshv")
 
 SELECTION = "MSHV_IRQFD_BACKENDS"
