@@ -22,6 +22,7 @@ TIMEOUT: Final = 10.0
 """Seconds after which an interrupt counts as lost."""
 FILES: Final = len(DEFAULT_GSIS) + 64
 """Descriptors of a process with every default GSI in use: one a route, and some for everything else."""
+UNREADABLE: Final = "its configuration can't be read"
 OLDEST: Final = (4, 14)
 """MADV_WIPEONFORK."""
 MSHV_DRAINS: Final = (7, 0)
@@ -53,7 +54,7 @@ def kernel(machine: Machine) -> Check:
     numbers = re.match(r"(\d+)\.(\d+)", machine.kernel)
     version = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     options = ", ".join(f"{name}={value}" for name, value in machine.config.items())
-    found = f"Linux {machine.kernel}; {options or 'its configuration can't be read'}"
+    found = f"Linux {machine.kernel}; {options or UNREADABLE}"
     if version < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return Check("kernel", "missing", found, f"the package needs Linux {oldest} or later: boot a newer kernel")
