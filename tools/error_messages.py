@@ -2,12 +2,13 @@
 
 usage: python tools/error_messages.py [--check | --seen FILE]
 
-Without an option it prints the messages that the page lacks. --seen FILE checks that tests have met every message: FILE
-has those that the suite caught, one a line, as `pytest --messages=FILE` writes them. A row of the page whose last cell
-begins with "untested" says why no test can.
+Without an option it prints the messages that the page lacks. --seen FILE checks that tests have met every message:
+FILE has those that the suite caught, as `pytest --messages=FILE` adds them. A row of the page whose last cell begins
+with "untested" says why no test can.
 
-A message is a string literal of four words or more in src (but not of tests, assertions or instruments), or what a raise
-statement in python/mshv_irqfd says (but not in the command line and the tests' guest). An ellipsis stands for what varies.
+A message is a string literal of four words or more in src (but not of tests, assertions or instruments), or what a
+raise statement in python/mshv_irqfd says (but not in the command line and the tests' guest). An ellipsis stands for
+what varies.
 """
 
 from __future__ import annotations
@@ -30,17 +31,22 @@ OTHER_ROOMS = (
     "src/hypervisor/fuzzing.rs",
 )
 NO_MESSAGES = (
-    "{:#010x}/{:#06x} (vector ",
+    "{:#010x}/{:#06x} (vector {:#04x}{mode}{} to {} {})",
     " of the process that forked this one",
     "of the process that forked this one",
     "vector {index} of {} stays disarmed: {}",
+    "another kind of file",
+    " (0-23 are the IOAPIC's pins)",
+    "; {result}: GSI {}",
+    "1, 2, 4, 8, 16 or 32",
 )
-"""What is shown or logged, but no error."""
+"""What is shown or logged, but no error; and words that a longer message ends with."""
 WORDS = 4
 
 TOKEN = re.compile(r'//[^\n]*|r(#+)".*?"\1|"((?:[^"\\]|\\.)*)"|\'(?:[^\'\\]|\\.)\'', re.DOTALL)
 TEST_ITEM = re.compile(
-    r"^( *)#\[cfg\((?:test|all\(test)[^\n]*\n(?: *#\[[^\n]*\n)* *(?:pub(?:\([^)]*\))? )?(?:fn|mod|impl)[^;{]*\{.*?^\1\}",
+    r"^( *)#\[cfg\((?:test|all\(test)[^\n]*\n(?: *#\[[^\n]*\n)* *(?:pub(?:\([^)]*\))? )?"
+    r"(?:fn|mod|impl)[^;{]*\{.*?^\1\}",
     re.DOTALL | re.MULTILINE,
 )
 ASSERTION = re.compile(r"\b(?:debug_)?assert(?:_eq|_ne)?!\(.*?\);", re.DOTALL)
