@@ -120,6 +120,7 @@ lint: build-dev ## Check format, style, types, and the stub against the module
 		{ cat target/types.txt; exit 1; }
 	$(RUN) tools/stub_docs.py --check
 	$(RUN) tools/completions.py --check
+	$(RUN) tools/error_messages.py --check
 
 lab: build-dev ## Run the suite on the real mshv driver, in a kernel of its own under QEMU (built the first time)
 	lab/check
