@@ -25,7 +25,7 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 PARALLEL_THREADS ?= 4
 
 .PHONY: help build-dev test programs parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel release pythons oldest-rust docs docs-serve stubs guest format clean
+	bench wheel release pythons oldest-rust docs docs-serve stubs completions guest format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -123,6 +123,8 @@ lint: build-dev ## Check format, style, types, and the stub against the module
 	PYTHONPATH=python $(BIN)/basedpyright --pythonpath $(RUN) --verifytypes mshv_irqfd >target/types.txt || \
 		{ cat target/types.txt; exit 1; }
 	$(RUN) tools/stub_docs.py --check
+	$(RUN) tools/completions.py --check
+	$(RUN) tools/error_messages.py --check
 
 lab: build-dev ## Run the suite on the real mshv driver, in a kernel of its own under QEMU (built the first time)
 	lab/check
@@ -164,6 +166,9 @@ docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it 
 
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
+
+completions: build-dev ## Write the command line's completion scripts
+	$(RUN) tools/completions.py
 
 guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
 	command -v as >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
