@@ -146,6 +146,11 @@ impl EventFd {
         self.users.load(Ordering::Relaxed) & CLOSED != 0
     }
 
+    /// Whether it is a duplicate of a caller's eventfd.
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
+    }
+
     /// Whether `signal` could block: only on a caller's eventfd in blocking mode.
     pub fn may_block(&self) -> bool {
         self.foreign

@@ -6,8 +6,10 @@ mod batch;
 mod commit;
 mod config;
 mod doorbell;
+mod edit;
 mod entries;
 mod error;
+mod events;
 mod gsi;
 #[cfg(test)]
 #[cfg(shuttle)]
@@ -31,6 +33,7 @@ mod vps;
 pub use batch::Batch;
 pub use config::Config;
 pub use error::{Error, Failure, Result};
+pub use events::NewEvent;
 pub use gsi::{GsiAllocator, GsiState};
 pub use ioeventfd::IoEventFd;
 pub use msi::{MsiError, MsiRoute};
