@@ -138,8 +138,13 @@ impl EventFd {
     /// If other code has closed the descriptor, forgets it without a close: the number may belong to another file next.
     pub fn forget_if_closed(&self) {
         if !descriptor::is_open(self.inner.as_raw_fd()) {
-            self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
+            self.forget();
         }
+    }
+
+    /// Gives the number up without a close: other code has closed the descriptor.
+    pub fn forget(&self) {
+        self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
     }
 
     pub fn is_closed(&self) -> bool {
