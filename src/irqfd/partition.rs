@@ -51,9 +51,9 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
 
 /// A partition of a hypervisor. Its routes and doorbells keep it alive; dropping it closes it.
 ///
-/// Locks are taken in this order: a device's, a route's, then the partition's, then the doorbells'. A batch locks its
-/// routes by GSI. The partition's lock guards the routing table, the set of armed irqfds and the doorbells, and every
-/// call that changes them.
+/// Locks are taken in this order: a device's, that of the list of partitions, a route's, then a partition's, then the
+/// doorbells'. A batch locks its routes by GSI. The partition's lock guards the routing table, the set of armed irqfds
+/// and the doorbells, and every call that changes them.
 #[derive(Debug)]
 pub struct Partition {
     owner: Owner,

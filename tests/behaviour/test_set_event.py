@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from modes import in_both_modes
-from mshv_irqfd import ClosedError, EventFd, IrqFdError, IrqFdRoute
-from support import close_as_someone_else, counting, msi, open_files, still_works
+from mshv_irqfd import ClosedError, EventFd, IrqFdError, IrqFdRoute, MsixTable
+from support import close_as_someone_else, counting, in_child, msi, open_files, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -316,6 +316,32 @@ def test_a_masked_route_whose_eventfd_was_closed_by_other_code_gets_another(gues
         os.eventfd_write(theirs, 1)
         guest.receives(msi(0x41))
         os.close(reused)
+
+
+def test_a_vector_of_a_device_gets_another_eventfd(guest: Guest, theirs: int) -> None:
+    with MsixTable(guest.partition, 2) as table:
+        vector = table.vectors[1]
+        view = vector.event
+        vector.signal()
+        assert vector.route is not None
+        vector.route.set_event(theirs)
+        assert (view.fileno(), table.read_pba(0, 8)) == (vector.route.fileno(), 0b10)
+        assert os.eventfd_read(theirs) == 1
+        assert table.read_pba(0, 8) == 0
+        os.eventfd_write(theirs, 1)
+        table.write_table(16, (0xFEE00000).to_bytes(8, "little"))
+        table.write_table(24, (0x41).to_bytes(8, "little"))
+        table.write_message_control(2, (0x8000).to_bytes(2, "little"))
+        guest.receives(msi(0x41))
+        vector.signal()
+        guest.receives(msi(0x41))
+
+
+def test_a_child_signals_the_eventfd_that_the_route_had_when_it_was_forked(guest: Guest, theirs: int) -> None:
+    with armed(guest) as [route]:
+        route.set_event(theirs)
+        assert in_child(lambda: refusal(route.signal)) == "none"
+        guest.receives(msi(0x41))
 
 
 def test_no_descriptor_is_left_of_eventfds_that_came_and_went(guest: Guest) -> None:
