@@ -21,8 +21,8 @@ FUZZ_TARGETS := msi fdinfo table operations msix
 # Threads that run each test at once.
 PARALLEL_THREADS ?= 4
 
-.PHONY: help build-dev test parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
-	bench wheel stubs format clean
+.PHONY: help build-dev test programs parallel free-threaded soak interleavings broken mutants fuzz sanitize memcheck lint lab demo \
+	bench wheel release pythons oldest-rust docs docs-serve stubs guest format clean
 .DEFAULT_GOAL := help
 
 help: ## Print this list
@@ -39,6 +39,12 @@ build-dev: $(VENV)/ready ## Build the package into the virtual environment, for 
 test: build-dev ## Run every test: Rust's, then Python's on every backend of this machine
 	cargo test --quiet --locked
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+programs: ## Install the programs that tests put on the other end of an eventfd: QEMU and its storage daemon
+	{ command -v qemu-storage-daemon && command -v qemu-system-x86_64; } >/dev/null || \
+		{ test "$$(id -u)" = 0 && apt-get -q update && \
+			apt-get -qy install --no-install-recommends qemu-system-common qemu-system-x86; } || \
+		{ echo "needs qemu-storage-daemon, qemu-system-x86_64: apt install qemu-system-common qemu-system-x86"; exit 1; }
 
 # Thread-unsafe tests are skipped here; `make test` runs them. The races start their own threads: one round of each is
 # enough beside the other tests.
@@ -110,6 +116,8 @@ lint: build-dev ## Check format, style, types, and the stub against the module
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy
 	$(RUN) -m mypy.stubtest mshv_irqfd
+	PYTHONPATH=python $(BIN)/basedpyright --pythonpath $(RUN) --verifytypes mshv_irqfd >target/types.txt || \
+		{ cat target/types.txt; exit 1; }
 	$(RUN) tools/stub_docs.py --check
 
 lab: build-dev ## Run the suite on the real mshv driver, in a kernel of its own under QEMU (built the first time)
@@ -123,12 +131,40 @@ bench: $(VENV)/ready ## Build a release into the virtual environment and measure
 	$(BIN)/maturin develop --quiet --locked --release
 	$(BIN)/mshv-irqfd bench $(BENCH_ARGS)
 
-wheel: $(VENV)/ready ## Build the wheel into dist/
-	rm -rf dist
-	$(BIN)/maturin build --quiet --release --locked --out dist
+$(VENV)/release-ready: $(VENV)/ready requirements-release.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-release.txt
+	touch $@
+
+wheel: $(VENV)/release-ready ## Build the sdist and the manylinux wheel into dist/
+	$(RUN) tools/release.py --build-only
+
+# A package index shows the README alone: FILES_URL is the address below which its readers find the other files.
+release: $(VENV)/release-ready ## Build the sdist and the wheel into dist/ and check both; publish nothing (FILES_URL=...)
+	$(RUN) tools/release.py $(if $(FILES_URL),--files "$(FILES_URL)")
+
+pythons: ## Run tests with the wheel of `make wheel` on CPython 3.11, 3.13, 3.14 and 3.15 of Debian (PYTHONS, PYTEST_ARGS)
+	$(RUN) tools/debian.py pythons $(PYTHONS) -- $(PYTEST_ARGS)
+
+oldest-rust: $(VENV)/ready ## Build with the oldest rustc that the crate claims to need
+	$(RUN) tools/debian.py rust
+
+$(VENV)/docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/docs ## Build the docs site into target/site; warnings and broken links are errors
+	$(RUN) tools/docs_site.py
+
+docs-serve: $(VENV)/docs ## Serve the docs site on this machine, and rebuild it on every change
+	$(BIN)/zensical serve
 
 stubs: build-dev ## Write the module's docstrings into its stub
 	$(RUN) tools/stub_docs.py
+
+guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
+	command -v as >/dev/null || { test "$$(id -u)" = 0 && apt-get -qy install binutils; } || \
+		{ echo "needs as and ld: apt install binutils"; exit 1; }
+	$(PYTHON) tools/assemble_guest.py
 
 format: $(VENV)/ready ## Format all sources
 	cargo fmt

@@ -52,12 +52,13 @@ mod _core {
     use crate::python::{
         event::EventFd, msi::MsiRoute, objects::Batch, objects::Device, objects::IoEventFd, objects::IrqFdRoute,
         objects::MsiCapability, objects::MsiVector, objects::MsixTable, objects::MsixVector, objects::Partition,
-        objects::Vector, objects::Vectors, probe::RawPartition,
+        objects::Vector, objects::Vectors, probe::RawPartition, waiting::Watch,
     };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         crate::python::errors::look_up(module.py())
     }
 }

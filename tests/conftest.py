@@ -17,9 +17,9 @@ import backends
 import faults as faults_
 import modes
 import pytest
-from backends import Backend, Guest, KvmGuest, SimulatedGuest
+from backends import Backend, Guest, KvmGuest, SimulatedGuest, Telling
 from faults import Faults
-from mshv_irqfd import KvmPartition, SimulatedPartition, open_partition
+from mshv_irqfd import KvmPartition, Partition, SimulatedPartition, open_partition
 from needs import need, need_faults
 from raw_kvm import KvmVm
 from support import collect, native_threads, open_files, until
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+# Test runs within tests, for the plugin.
+pytest_plugins = ["pytester"]
 
 # Its failed assertions show values, as those of the tests do.
 pytest.register_assert_rewrite("machine")
@@ -180,6 +183,21 @@ def kvm(for_each_thread: Callable[..., KvmGuest]) -> KvmGuest:
         return KvmGuest(partition)
 
     return for_each_thread(open_one, KvmGuest.close)
+
+
+@pytest.fixture
+def partition(backend: Backend, for_each_thread: Callable[..., Any]) -> Telling:
+    """A partition that tells what arrives: no guest runs and takes it."""
+    if backend.name == "mshv":
+        pytest.skip("the mshv driver does not tell which interrupts arrive")
+    return cast("Telling", for_each_thread(backend.open, Partition.close))
+
+
+@pytest.fixture
+def kvm_partition(for_each_thread: Callable[..., KvmPartition]) -> KvmPartition:
+    """A partition of KVM in which no guest runs."""
+    need("kvm")
+    return for_each_thread(partial(open_partition, "kvm"), Partition.close)
 
 
 @pytest.fixture

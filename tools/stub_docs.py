@@ -16,7 +16,10 @@ from mshv_irqfd import _core
 STUB = Path(__file__).resolve().parent.parent / "python" / "mshv_irqfd" / "_core.pyi"
 
 
-def document(node: ast.ClassDef | ast.FunctionDef, thing: object) -> None:
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def document(node: ast.ClassDef | Function, thing: object) -> None:
     """Sets the docstring of a class or function of the stub to that of the module's."""
     depth = 4 * (1 if isinstance(node, ast.ClassDef) else 2)
     body = [item for item in node.body if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))]
@@ -36,7 +39,7 @@ def documented(source: str) -> str:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and hasattr(_core, node.name):
             runtime = getattr(_core, node.name)
-            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+            methods = [item for item in node.body if isinstance(item, Function)]
             # Magic methods need no docstring; of overloads, the last one has it.
             for method in {method.name: method for method in methods if method.name[:2] != "__"}.values():
                 document(method, getattr(runtime, method.name))

@@ -8,7 +8,7 @@ sees of a device's routes.
 Import from this module only. The others are private.
 """
 
-from mshv_irqfd._core import Batch, MsiRoute, MsiVector, MsixVector
+from mshv_irqfd._core import Batch, MsiRoute, MsiVector, MsixVector, __version__
 from mshv_irqfd.errors import (
     ClosedError,
     ForkedError,
@@ -17,6 +17,7 @@ from mshv_irqfd.errors import (
     InterruptError,
     IoEventFdError,
     IrqFdError,
+    MissingInterruptError,
     MissingVpError,
     MshvIrqFdError,
     RouteBrokenError,
@@ -53,6 +54,7 @@ __all__ = [
     "IrqFdError",
     "IrqFdRoute",
     "KvmPartition",
+    "MissingInterruptError",
     "MissingVpError",
     "MshvIrqFdError",
     "MshvPartition",
@@ -68,5 +70,6 @@ __all__ = [
     "RoutingError",
     "SimulatedPartition",
     "VpError",
+    "__version__",
     "open_partition",
 ]

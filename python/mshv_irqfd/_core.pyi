@@ -1,9 +1,9 @@
 """The Rust half of `mshv_irqfd`; import that, not this."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, final, overload, type_check_only
 
 from typing_extensions import disjoint_base
 
@@ -32,10 +32,13 @@ __all__: Final = [
     "RawPartition",
     "Vector",
     "Vectors",
+    "Watch",
+    "__version__",
     "null_partition",
     "signal_latencies",
 ]
 DEBUG_BUILD: Final[bool]
+__version__: Final[str]
 _V = TypeVar("_V", bound=Vector)
 
 @type_check_only
@@ -112,8 +115,10 @@ class EventFd:
     """An eventfd: a counter that one side adds to and the other empties.
 
     `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
-    `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's. It has `fileno()`, so it works
-    with `selectors` and asyncio.
+    `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's.
+
+    To wait for signals in asyncio, use `await event.wait()` or `async for count in event`. In other event loops use
+    `fileno()`, with `selectors` for instance.
 
     Threads may share it. It works in a forked child, on the same counter as in the parent.
 
@@ -166,6 +171,25 @@ class EventFd:
             ClosedError: it is closed.
         """
 
+    async def wait(self) -> int:
+        """Waits in asyncio for signals, and takes them.
+
+        Any number of tasks may wait; one of them gets the signals, the others wait on. A task that is cancelled takes
+        none. Other tasks run before this returns, even if it need not wait, so that signals without pause starve none.
+        A view of a route waits until the route is not armed and a signal is pending.
+
+        Returns:
+            Their number, at least 1.
+
+        Raises:
+            ClosedError: it is closed, or it was closed while the task waited.
+            IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+        """
+
+    def __aiter__(self) -> AsyncIterator[int]: ...
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
+
     def close(self) -> None:
         """Closes the descriptor. Closing twice is fine. A view leaves the descriptor of its route or doorbell open."""
 
@@ -186,11 +210,12 @@ class EventFd:
 class IoEventFd:
     """A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
 
-    `Partition.ioeventfd()` makes a doorbell. The eventfd is readable once the guest has rung, so `fileno()` works with
-    `selectors` and asyncio, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+    `Partition.ioeventfd()` makes a doorbell. To wait for rings in asyncio, use `await doorbell.wait()` or
+    `async for count in doorbell`. The eventfd is readable once the guest has rung, so `fileno()` works with
+    `selectors`, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
 
-    Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()` and `fileno()`
-    work, on the same counter as in the parent; `close()` raises `ForkedError`.
+    Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()`, `wait()` and
+    `fileno()` work, on the same counter as in the parent; `close()` raises `ForkedError`.
 
     Raises:
         ClosedError: the doorbell is closed. `signal()`, `consume()`, `fileno()` and `event` raise this.
@@ -261,6 +286,25 @@ class IoEventFd:
         Raises:
             ClosedError: the doorbell is closed.
         """
+
+    async def wait(self) -> int:
+        """Waits in asyncio for the guest to ring, and takes the rings.
+
+        Any number of tasks may wait; one of them gets the rings, the others wait on. A task that is cancelled takes
+        none. Other tasks run before this returns, even if it need not wait: a guest that rings without pause starves
+        none of them.
+
+        Returns:
+            Their number, at least 1.
+
+        Raises:
+            ClosedError: the doorbell is closed, or it was closed while the task waited.
+            IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+        """
+
+    def __aiter__(self) -> AsyncIterator[int]: ...
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
 
     def close(self) -> None:
         """Takes the doorbell away from the guest and closes its descriptor. Closing twice is fine.
@@ -413,6 +457,21 @@ class IrqFdRoute:
     @property
     def pending(self) -> bool:
         """Whether a signal waits for the route to be armed. Always false while the route is armed."""
+
+    async def wait_pending(self) -> None:
+        """Waits in asyncio until a signal is pending, and leaves it pending.
+
+        Takes nothing, because whether the guest still gets the interrupt is another decision: `unmask()` raises it,
+        `consume_pending()` drops it. So every task that waits is told. While the route is armed nothing is pending, and
+        this waits on. Other tasks run before this returns, even if it need not wait.
+
+        Raises:
+            ClosedError: the route is closed, or it was closed while the task waited.
+            IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+        """
+
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
 
     def consume_pending(self) -> bool:
         """Takes the pending signals, so that arming raises no interrupt for them.
@@ -582,8 +641,20 @@ class Device:
 
         Returns:
             Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
-            vector is among them until it is next unmasked with success, or the device is reset. A vector that another
-            route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+            vector is among them until it is next unmasked with success, `retry_faults()` succeeds for it, or the device
+            is reset. A vector that another route's failed call left disarmed is among them (EAGAIN) until a push has
+            armed it again.
+        """
+
+    def retry_faults(self) -> list[tuple[int, Exception]]:
+        """Tries again to arm and disarm the vectors in `faults()`, with one push at most.
+
+        For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
+        writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+        what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+
+        Returns:
+            The vectors that failed again, as `faults()` does.
         """
 
     def close(self) -> None:
@@ -671,6 +742,48 @@ class MsixTable(Device):
     def vectors(self) -> Vectors[MsixVector]:
         """The vectors, a sequence."""
 
+    def save(self) -> dict[str, Any]:
+        """Saves the registers and the vectors, for a snapshot or a migration.
+
+        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
+        disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a vector's route is broken.
+            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
+        """
+
+    @classmethod
+    def restore(
+        cls,
+        partition: Partition,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self:
+        """The table that was saved, with its registers, GSIs and pending signals, or an error and no change.
+
+        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
+        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
+        with the same text, until the guest unmasks it again.
+
+        Args:
+            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
+                which could take their GSIs.
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
+                each vector makes a new one.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `partition.gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a vector that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
+
     def read_table(self, offset: int, size: int) -> int:
         """Reads the table, for the guest.
 
@@ -695,7 +808,7 @@ class MsixTable(Device):
         Args:
             offset: the offset from the table's first byte.
             data: 4 or 8 bytes, little-endian. The offset must be a multiple of their number. Any other write is
-            ignored.
+                ignored.
         """
 
     def read_pba(self, offset: int, size: int) -> int:
@@ -791,6 +904,48 @@ class MsiCapability(Device):
     def vectors(self) -> Vectors[MsiVector]:
         """The vectors, a sequence."""
 
+    def save(self) -> dict[str, Any]:
+        """Saves the registers and the vectors, for a snapshot or a migration.
+
+        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
+        disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a vector's route is broken.
+            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
+        """
+
+    @classmethod
+    def restore(
+        cls,
+        partition: Partition,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self:
+        """The capability that was saved, with its registers, GSIs and pending signals, or an error and no change.
+
+        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
+        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
+        with the same text, until the guest unmasks it again.
+
+        Args:
+            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
+                which could take their GSIs.
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
+                each vector makes a new one.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `partition.gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a vector that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
+
     def read_config(self, offset: int, size: int) -> int:
         """Reads the capability in configuration space, for the guest.
 
@@ -865,6 +1020,20 @@ class Vector:
     @property
     def pending(self) -> bool:
         """Whether a signal waits for the vector to be armed: its pending bit."""
+
+    async def wait_pending(self) -> None:
+        """Waits in asyncio until a signal is pending, and leaves it pending: see `IrqFdRoute.wait_pending()`.
+
+        Takes the vector's route if it has none and must wait, as `event` does.
+
+        Raises:
+            ClosedError: the device is closed, or it was closed while the task waited.
+            GsiExhaustedError, IrqFdError: the vector has no route, and none can be made; or the process has too many
+                open files (EMFILE). A waiting task needs two.
+        """
+
+    def _watch(self) -> Watch:
+        """Begins a watch, for `mshv_irqfd._waiting`."""
 
     def consume_pending(self) -> bool:
         """Takes the pending signals, so that unmasking sends no message for them.
@@ -1030,6 +1199,57 @@ class Partition:
             IrqFdError: `event` is not open (EBADF), or the process has too many open files (EMFILE).
         """
 
+    @property
+    def ioeventfds(self) -> list[PublicIoEventFd]:
+        """The open doorbells, in a list ordered by address; those on I/O ports come last."""
+
+    def save(self) -> dict[str, Any]:
+        """Saves the state of the routes, for a snapshot or a migration.
+
+        The routes of devices are not in it: `MsixTable.save()` and `MsiCapability.save()` have those of theirs. Nor is
+        any descriptor, nor a VP. `docs/saved-state.md` describes the state, key by key.
+
+        Takes nothing away, and changes no route. Each armed route is disarmed for the moment in which its eventfd is
+        looked at, so that every signal so far is either in a VP's local APIC or pending in the state: stop the VPs
+        first, and save their state afterwards. Arming the route again raises the interrupt for the signals since then.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a route is broken. Close it.
+            IrqFdError: the kernel refused to disarm a route, or to arm it again.
+        """
+
+    def restore(
+        self,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | None = None,
+        ring_doorbells: bool = False,
+    ) -> dict[int, PublicIrqFdRoute]:
+        """Makes the routes of a saved state, with their GSIs, masks, MSIs and pending signals, or changes nothing.
+
+        Makes one push at most. A pending signal is delivered once: now if the route is armed, or when it is. Restore
+        all states before making other routes, which could take their GSIs. The state may come from another backend.
+
+        Args:
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: the caller's eventfds, in a mapping from GSIs, each an int or an object with `fileno()`. The routes
+                duplicate them, and deliver what is pending in them. By default each route makes a new eventfd.
+            ring_doorbells: whether to ring every open doorbell of the partition once, after that. No state has the
+                rings that were in flight, so a device should look at each of its queues when it resumes.
+
+        Returns:
+            The routes by GSI, in a dict ordered by GSI.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a route that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
+
     def create_vp(self, index: int) -> None:
         """Creates the VP with this index, which is also its APIC id.
 
@@ -1071,9 +1291,24 @@ class Partition:
         """
 
     def _take_interrupts(self, timeout: float) -> list[Interrupt]: ...
+    def _lend_vcpu(self, index: int) -> int:
+        """For a program that runs a guest: a new descriptor of a vCPU of KVM. The caller closes it."""
+
+    def _take_vcpus_back(self) -> None:
+        """For a program that ran a guest: nobody runs the lent vCPUs any more."""
+
+    def _arrived_interrupts(self, timeout: float, known: int) -> list[tuple[int, Interrupt]]:
+        """The interrupts that nobody has taken, each with its number. Waits a little for one numbered `known`."""
+
+    def _claim_interrupts(self, numbers: list[int]) -> bool:
+        """Takes the interrupts with these numbers, unless somebody has taken one of them."""
+
     def _settle(self) -> None: ...
     def _write_mmio(self, address: int, data: bytes) -> bool: ...
     def _fail(self, call: str, errno: int, after: int, times: int) -> None: ...
+    def _clear_faults(self, call: str) -> int:
+        """Forgets the faults of a kind. Returns the number of calls that were still to fail."""
+
     def _is_left_open(self) -> bool:
         """Whether a finalizer should warn. Always false in a forked child."""
 
@@ -1124,6 +1359,21 @@ class Baseline:
 
     def close(self) -> None:
         """Closes the partition."""
+
+@final
+class Watch:
+    """A watch on an eventfd, for an event loop. For `mshv_irqfd._waiting` alone."""
+
+    @property
+    def signalled(self) -> int:
+        """A descriptor that is readable while the eventfd is."""
+
+    @property
+    def changed(self) -> int:
+        """A descriptor that is readable once the eventfd is closed or replaced."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_exception: object) -> None: ...
 
 def null_partition(gsis: range, *, preload: bool) -> Partition:
     """A partition whose kernel does nothing, with four VPs."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mshv_irqfd.values import Interrupt
 
 
 class MshvIrqFdError(Exception):
@@ -27,6 +31,26 @@ class RouteBrokenError(MshvIrqFdError):
 
 class MissingVpError(MshvIrqFdError):
     """No VP has the APIC id that an MSI targets. Arming it on mshv can crash the host."""
+
+
+class MissingInterruptError(MshvIrqFdError, TimeoutError):
+    """Expected interrupts did not arrive in time (`wait_interrupts()`). None has been taken.
+
+    Attributes:
+        missing: the number of each `Interrupt` that is missing.
+        arrived: the `Interrupt`s that have arrived instead, or beside it, in order.
+    """
+
+    missing: dict[Interrupt, int]
+    arrived: list[Interrupt]
+
+    def __init__(self, message: str, *, missing: dict[Interrupt, int], arrived: list[Interrupt]) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.arrived = arrived
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), missing=self.missing, arrived=self.arrived), self.args
 
 
 class _CallError(MshvIrqFdError, OSError):

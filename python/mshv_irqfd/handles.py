@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, TypeAlias, cast, overload
 
-from mshv_irqfd import _core
+from mshv_irqfd import _core, _interrupts
 from mshv_irqfd.errors import HypervisorUnavailableError
 
 if TYPE_CHECKING:
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from mshv_irqfd._core import HasFileno
+    from mshv_irqfd._interrupts import Expected
     from mshv_irqfd.values import Interrupt
+
+_SimulatedCall: TypeAlias = Literal[
+    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
+]
+"""The calls into the simulated kernel that can be made to fail."""
 
 DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs, above the 24 that are IOAPIC pins by convention."""
@@ -131,16 +137,55 @@ class KvmPartition(Partition):
     def take_interrupts(self, timeout: float = 0.0) -> list[Interrupt]:
         """Takes the interrupts that are pending in the local APICs of the vCPUs that this partition created.
 
-        The APIC records that a vector was raised, not how often. The result is exact only while no signal is in
-        flight: an interrupt that arrives between the ioctl that reads a register and the one that clears it is lost.
+        The APIC has one bit for each vector: it tells that a vector was raised, and neither how often, nor in which
+        order. Where nobody runs the vCPUs, as here, nobody takes an interrupt before the next. The result is exact only
+        while no signal is in flight: an interrupt that arrives between the ioctl that reads a register and the one
+        that clears it is lost. What a running guest takes is not in these registers.
 
         Args:
             timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
 
         Returns:
             `Interrupt`s in order of VP and vector. Only their vector is known.
+
+        Raises:
+            io.UnsupportedOperation: a guest runs on the vCPUs (`mshv-irqfd demo` runs one), and takes the interrupts.
         """
         return self._take_interrupts(timeout)
+
+    def wait_interrupts(
+        self, expected: Expected, *, count: int | None = None, timeout: float = 10.0
+    ) -> list[Interrupt]:
+        """Waits until all expected interrupts are pending, and takes them, and no others.
+
+        The local APIC records that a vector was raised, not how often, so each expected vector has a count of 1. Taking
+        clears registers: as with `take_interrupts()`, an interrupt that arrives in that moment is lost.
+
+        Args:
+            expected: a vector, an `MsiRoute` or an `Interrupt`, or several of them. Only their vectors are compared.
+            count: 1; see `SimulatedPartition.wait_interrupts()`.
+            timeout: how long to wait, in seconds. Ctrl-C ends the wait.
+
+        Returns:
+            The expected `Interrupt`s. All others stay, for later calls of this and of `take_interrupts()`.
+
+        Raises:
+            MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive.
+            ValueError, TypeError: an argument is invalid.
+        """
+        wanted = _interrupts.expected_interrupts(expected, count, counted=False)
+        return _interrupts.wait(self, wanted, timeout, counted=False)
+
+    def settle(self) -> None:
+        """Returns once the interrupt of every signal before this call is pending in a local APIC.
+
+        KVM may take a signal and raise its interrupt a little later. This disarms every irqfd, which waits for that,
+        and arms it again. Signals that arrive meanwhile raise one interrupt then.
+
+        Raises:
+            IrqFdError: the kernel refused, and everything is as before.
+        """
+        self._settle()
 
 
 class SimulatedPartition(Partition):
@@ -155,6 +200,39 @@ class SimulatedPartition(Partition):
             timeout: how long to wait for the first interrupt, in seconds. Ctrl-C ends the wait.
         """
         return self._take_interrupts(timeout)
+
+    def wait_interrupts(
+        self, expected: Expected, *, count: int | None = None, timeout: float = 10.0
+    ) -> list[Interrupt]:
+        """Waits until all expected interrupts have arrived, and takes them, and no others.
+
+        Args:
+            expected: a vector, an `MsiRoute` or an `Interrupt`, whose fields may be None to match anything; a mapping
+                of such to counts; or several of them, each once.
+            count: how many of a single one are expected. None: one.
+            timeout: how long to wait, in seconds. Ctrl-C ends the wait.
+
+        Returns:
+            The expected `Interrupt`s, in the order of their arrival. All others, surplus ones among them, stay, for
+            later calls of this and of `take_interrupts()`.
+
+        Raises:
+            MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive. None
+                has been taken.
+            ValueError, TypeError: an argument is invalid.
+
+        Example:
+            >>> partition = open_partition("simulated")
+            >>> route = partition.new_irqfd_route()
+            >>> route.set_msi(0xFEE00000, 0x41)
+            >>> partition.signal_msi(0xFEE00000, 0x42)
+            True
+            >>> route.signal()
+            >>> [hex(interrupt.vector) for interrupt in partition.wait_interrupts({0x41: 1, 0x42: 1})]
+            ['0x42', '0x41']
+            >>> partition.close()
+        """
+        return _interrupts.wait(self, _interrupts.expected_interrupts(expected, count), timeout)
 
     def settle(self) -> None:
         """Returns once every signal written before this call is delivered."""
@@ -179,14 +257,7 @@ class SimulatedPartition(Partition):
 
     def fail(
         self,
-        call: Literal[
-            "set_msi_routing",
-            "assign_irqfd",
-            "deassign_irqfd",
-            "assign_ioeventfd",
-            "deassign_ioeventfd",
-            "signal_msi",
-        ],
+        call: _SimulatedCall,
         errno: int,
         *,
         after: int = 0,

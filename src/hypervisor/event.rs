@@ -14,6 +14,7 @@ use shuttle::sync::atomic::AtomicU32;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
 
 use super::descriptor;
+use super::waiters::{Waiters, Watch};
 
 /// A new eventfd (non-blocking, close-on-exec) or a duplicate of a caller's.
 ///
@@ -28,6 +29,7 @@ pub struct EventFd {
     /// Whether it is a duplicate of a caller's eventfd, which may be in blocking mode.
     foreign: bool,
     id: OnceLock<Option<u64>>,
+    waiters: Waiters,
 }
 
 const CLOSED: u32 = 1 << 31;
@@ -79,7 +81,13 @@ impl EventFd {
     }
 
     fn own(inner: SysEventFd, foreign: bool) -> Self {
-        Self { inner: ManuallyDrop::new(inner), users: AtomicU32::new(0), foreign, id: OnceLock::new() }
+        Self {
+            inner: ManuallyDrop::new(inner),
+            users: AtomicU32::new(0),
+            foreign,
+            id: OnceLock::new(),
+            waiters: Waiters::new(),
+        }
     }
 
     fn info(&self) -> io::Result<Info> {
@@ -133,6 +141,22 @@ impl EventFd {
     pub fn close(&self) {
         self.users.fetch_or(CLOSED, Ordering::AcqRel);
         self.close_if_unused();
+        self.wake_waiters();
+    }
+
+    /// Begins a watch for an event loop. Look at the eventfd's state after this; see [`Waiters::watch`].
+    pub fn watch(&self) -> io::Result<Watch> {
+        self.waiters.watch(self.using(descriptor::duplicate)?)
+    }
+
+    /// Ends the watches on this eventfd, so that those who wait look at its state again. Closing does this too.
+    pub fn wake_waiters(&self) {
+        self.waiters.wake();
+    }
+
+    #[cfg(test)]
+    pub(super) fn watches(&self) -> usize {
+        self.waiters.len()
     }
 
     /// If other code has closed the descriptor, forgets it without a close: the number may belong to another file next.
@@ -145,6 +169,7 @@ impl EventFd {
     /// Gives the number up without a close: other code has closed the descriptor.
     pub fn forget(&self) {
         self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
+        self.wake_waiters();
     }
 
     pub fn is_closed(&self) -> bool {

@@ -1,13 +1,13 @@
 //! KVM with its in-kernel interrupt controllers, `/dev/kvm`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_API_VERSION, kvm_irqchip, kvm_lapic_state};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -46,7 +46,16 @@ pub struct KvmPartition {
 
 /// The vCPUs. While nothing runs them, their local APICs hold the interrupts that have arrived.
 #[derive(Default)]
-pub struct KvmVcpus(Mutex<Vec<VcpuFd>>);
+pub struct KvmVcpus(Mutex<Vcpus>);
+
+#[derive(Default)]
+struct Vcpus {
+    by_index: BTreeMap<u8, VcpuFd>,
+    /// Whether someone may run them.
+    lent: bool,
+    /// What was taken from the APICs together with what somebody claimed. By the index of the vCPU, and vector.
+    unclaimed: BTreeSet<(u8, u8)>,
+}
 
 fn failed(operation: Operation, call: &'static str, error: kvm_ioctls::Error) -> CallError {
     CallError::new(operation, call, error.errno())
@@ -202,7 +211,9 @@ impl Hypervisor for KvmPartition {
             }
         };
         match enable_lapic(&vcpu) {
-            Ok(()) => self.vcpus.lock().push(vcpu),
+            Ok(()) => {
+                self.vcpus.lock().by_index.insert(index, vcpu);
+            }
             Err(error) => {
                 self.unfinished.insert(index, vcpu);
                 return Err(error);
@@ -242,33 +253,95 @@ impl Drop for KvmPartition {
 }
 
 impl KvmVcpus {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<VcpuFd>> {
+    fn lock(&self) -> MutexGuard<'_, Vcpus> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads and clears the interrupt request registers. This takes two ioctls, and an interrupt that arrives between
-    /// them is lost, so nothing may signal meanwhile.
-    pub fn take_interrupts(&self) -> io::Result<Vec<Interrupt>> {
-        let mut taken = Vec::new();
-        for vcpu in self.lock().iter() {
+    /// The vCPUs, unless they are lent: KVM locks a vCPU for as long as it runs, which may be for ever, and the guest takes
+    /// the interrupts.
+    fn at_rest(&self) -> Option<MutexGuard<'_, Vcpus>> {
+        let vcpus = self.lock();
+        if vcpus.lent { None } else { Some(vcpus) }
+    }
+
+    /// A duplicate of a vCPU's descriptor, for someone who runs the vCPU; `None` if there is no such vCPU.
+    pub fn lend(&self, index: u8) -> io::Result<Option<OwnedFd>> {
+        let mut vcpus = self.lock();
+        let own =
+            vcpus.by_index.get(&index).map(|vcpu| descriptor::owned_duplicate(vcpu.as_raw_fd())).transpose()?;
+        vcpus.lent |= own.is_some();
+        Ok(own)
+    }
+
+    /// Takes note that nobody runs the vCPUs any more.
+    pub fn take_back(&self) {
+        self.lock().lent = false;
+    }
+
+    /// Takes all interrupts, in order of vCPU and vector; see [`Vcpus::clear`]. `None` while the vCPUs are lent.
+    pub fn take_interrupts(&self) -> io::Result<Option<Vec<Interrupt>>> {
+        let Some(mut vcpus) = self.at_rest() else { return Ok(None) };
+        vcpus.clear()?;
+        let all = std::mem::take(&mut vcpus.unclaimed);
+        Ok(Some(all.into_iter().map(|(_, vector)| vector_alone(vector)).collect()))
+    }
+
+    /// The interrupts that nobody has taken, in order of vCPU and vector, each with a number to claim it by. Clears no
+    /// register. `None` while the vCPUs are lent.
+    pub fn arrived(&self) -> io::Result<Option<Vec<(u64, Interrupt)>>> {
+        let Some(vcpus) = self.at_rest() else { return Ok(None) };
+        let mut all = vcpus.unclaimed.clone();
+        for (index, vcpu) in &vcpus.by_index {
+            all.extend(requested(&vcpu.get_lapic().map_err(io::Error::from)?).map(|vector| (*index, vector)));
+        }
+        Ok(Some(all.into_iter().map(|at| (number(at), vector_alone(at.1))).collect()))
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them; see [`Vcpus::clear`]. `None` while
+    /// the vCPUs are lent.
+    pub fn claim(&self, numbers: &[u64]) -> io::Result<Option<bool>> {
+        let Some(mut vcpus) = self.at_rest() else { return Ok(None) };
+        vcpus.clear()?;
+        let there = numbers.iter().all(|wanted| vcpus.unclaimed.iter().any(|at| number(*at) == *wanted));
+        if there {
+            vcpus.unclaimed.retain(|at| !numbers.contains(&number(*at)));
+        }
+        Ok(Some(there))
+    }
+}
+
+impl Vcpus {
+    /// Moves the bits of the interrupt request registers into `unclaimed`. This takes two ioctls for each vCPU, and an
+    /// interrupt that arrives between them is lost, so nothing may signal meanwhile.
+    fn clear(&mut self) -> io::Result<()> {
+        for (index, vcpu) in &self.by_index {
             let mut lapic = vcpu.get_lapic().map_err(io::Error::from)?;
-            let before = taken.len();
-            for at in 0..8 {
-                let offset = INTERRUPT_REQUEST + 16 * at;
-                let bits = register(&lapic, offset);
-                taken.extend(
-                    (0..32)
-                        .filter(|bit| bits & 1 << bit != 0)
-                        .map(|bit| Interrupt { vector: (32 * at + bit) as u8, target: None }),
-                );
-                set_register(&mut lapic, offset, 0);
+            let mut any = false;
+            for vector in requested(&lapic) {
+                any = true;
+                self.unclaimed.insert((*index, vector));
             }
-            if taken.len() != before {
+            if any {
+                (0..8).for_each(|at| set_register(&mut lapic, INTERRUPT_REQUEST + 16 * at, 0));
                 vcpu.set_lapic(&lapic).map_err(io::Error::from)?;
             }
         }
-        Ok(taken)
+        Ok(())
     }
+}
+
+/// The vectors whose bits are set in the interrupt request register.
+fn requested(lapic: &kvm_lapic_state) -> impl Iterator<Item = u8> {
+    let bits: [u32; 8] = std::array::from_fn(|at| register(lapic, INTERRUPT_REQUEST + 16 * at));
+    (0..=u8::MAX).filter(move |vector| bits[usize::from(vector / 32)] & 1 << (vector % 32) != 0)
+}
+
+fn number((index, vector): (u8, u8)) -> u64 {
+    u64::from(index) << 8 | u64::from(vector)
+}
+
+fn vector_alone(vector: u8) -> Interrupt {
+    Interrupt { vector, target: None }
 }
 
 impl fmt::Debug for KvmVcpus {
@@ -281,7 +354,8 @@ impl Drop for KvmVcpus {
     fn drop(&mut self) {
         // No lock: in a forked child it could stay locked for ever.
         let vcpus = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        vcpus.drain(..).for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
+        let all = std::mem::take(&mut vcpus.by_index).into_values();
+        all.for_each(|vcpu| descriptor::drop_unless_closed(vcpu, VCPU_LINK));
     }
 }
 

@@ -15,6 +15,7 @@ pub mod owner;
 pub mod simulated;
 pub mod table;
 pub mod trigger;
+pub mod waiters;
 
 use std::fmt;
 use std::os::fd::RawFd;

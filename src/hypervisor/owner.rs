@@ -75,21 +75,38 @@ impl<T: Default + Sync> PerProcess<T> {
         Self(AtomicPtr::new(std::ptr::null_mut()))
     }
 
-    pub fn get(&self) -> io::Result<&'static T> {
+    /// This process's value, if it has been made.
+    pub fn made(&self) -> Option<&T> {
+        // SAFETY: null, or made by Box::into_raw below and freed with `self`.
+        let (of, value) = unsafe { self.0.load(Ordering::Acquire).as_ref() }?;
+        of.is_current().then_some(value)
+    }
+
+    /// This process's value, made now if need be.
+    pub fn get(&self) -> io::Result<&T> {
         let owner = Owner::current()?;
         loop {
             let current = self.0.load(Ordering::Acquire);
-            // SAFETY: null, or made by Box::leak below and never freed.
-            if let Some((of, value)) = unsafe { current.as_ref() }
-                && *of == owner
-            {
-                return Ok(value);
+            // SAFETY: null, or made by Box::into_raw below and freed with `self`.
+            match unsafe { current.as_ref() } {
+                Some((of, value)) if *of == owner => return Ok(value),
+                _ => {}
             }
             let new = Box::into_raw(Box::new((owner, T::default())));
             if self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
                 // SAFETY: the pointer was never shared.
                 drop(unsafe { Box::from_raw(new) });
             }
+        }
+    }
+}
+
+impl<T> Drop for PerProcess<T> {
+    fn drop(&mut self) {
+        let last = *self.0.get_mut();
+        if !last.is_null() {
+            // SAFETY: made by Box::into_raw in `get`; with `self` borrowed mutably, nobody else has it.
+            drop(unsafe { Box::from_raw(last) });
         }
     }
 }

@@ -47,7 +47,10 @@ struct State {
     /// How many of them are on duplicates of callers' eventfds.
     foreign: usize,
     doorbells: Vec<Doorbell>,
-    interrupts: VecDeque<Interrupt>,
+    /// Those that nobody has taken, numbered in the order of their arrival.
+    interrupts: VecDeque<(u64, Interrupt)>,
+    /// The number of the next interrupt.
+    next: u64,
     faults: Vec<Fault>,
 }
 
@@ -297,7 +300,7 @@ impl Driver {
         let failed = |errno| CallError::new(Operation::SignalMsi, "simulated MSHV_ROOT_HVCALL", errno);
         let mut state = self.lock();
         state.fault(Operation::SignalMsi).map_err(failed)?;
-        state.interrupts.push_back(Interrupt::decode(msi));
+        state.receive(msi);
         self.arrived.notify_all();
         Ok(())
     }
@@ -350,13 +353,42 @@ impl Driver {
             .arrived
             .wait_timeout_while(state, timeout, |state| state.interrupts.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
-        state.interrupts.drain(..).collect()
+        state.interrupts.drain(..).map(|(_, interrupt)| interrupt).collect()
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, with their numbers. Waits at most `timeout` until
+    /// there has been one with the number `known` or above.
+    pub fn arrived(&self, timeout: Duration, known: u64) -> Vec<(u64, Interrupt)> {
+        let state = self.lock();
+        let (state, _) = self
+            .arrived
+            .wait_timeout_while(state, timeout, |state| state.next <= known)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.interrupts.iter().copied().collect()
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim(&self, numbers: &[u64]) -> bool {
+        let mut state = self.lock();
+        let there = numbers.iter().all(|number| state.interrupts.iter().any(|(other, _)| other == number));
+        if there {
+            state.interrupts.retain(|(number, _)| !numbers.contains(number));
+        }
+        there
     }
 
     /// Lets the next `after` calls of a kind through, then makes `times` calls fail with `errno`. Faults of one kind
     /// apply in the order of these calls.
     pub fn fail(&self, operation: Operation, errno: i32, after: u32, times: u32) {
         self.lock().faults.push(Fault { operation, errno, after, times });
+    }
+
+    /// Forgets the faults of a kind. Returns the number of calls that were still to fail.
+    pub fn clear_faults(&self, operation: Operation) -> u32 {
+        let mut state = self.lock();
+        let left = state.faults.iter().filter(|fault| fault.operation == operation).map(|fault| fault.times).sum();
+        state.faults.retain(|fault| fault.operation != operation);
+        left
     }
 }
 
@@ -391,6 +423,11 @@ impl State {
         (event.is_foreign() || self.foreign > 0) && others.any(|other| event.is_same(other).unwrap_or(false))
     }
 
+    fn receive(&mut self, msi: RawMsi) {
+        self.interrupts.push_back((self.next, Interrupt::decode(msi)));
+        self.next += 1;
+    }
+
     /// `mshv_irqfd_wakeup()`: empties the counter, without a look at the table, and then injects.
     fn deliver(&mut self, key: Key) -> io::Result<()> {
         let Some(irqfd) = self.irqfds.get(&key) else {
@@ -412,7 +449,7 @@ impl State {
             None if gsi == 0 => ZEROS,
             None => return,
         };
-        self.interrupts.push_back(Interrupt::decode(msi));
+        self.receive(msi);
     }
 }
 
@@ -438,9 +475,7 @@ impl Drop for SimulatedPartition {
             descriptor::close(self.driver.epoll.as_raw_fd());
             return;
         }
-        if self.stop.signal(1).is_ok()
-            && let Some(watcher) = watcher
-        {
+        if let (Ok(()), Some(watcher)) = (self.stop.signal(1), watcher) {
             // If the thread panicked, the panic has already been reported.
             let _ended = watcher.join();
         }
@@ -678,4 +713,33 @@ mod tests {
     }
 
     use super::super::Target;
+
+    #[test]
+    fn claiming_takes_all_of_the_named_interrupts_or_none_and_leaves_the_others() {
+        let partition = SimulatedPartition::open().unwrap();
+        let driver = partition.driver();
+        for vector in 0x41..0x44 {
+            driver.signal_msi(RawMsi { data: vector, ..MSI }).unwrap();
+        }
+        let arrived = driver.arrived(Duration::ZERO, 0);
+        assert_eq!(arrived.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 1, 2]);
+        assert!(driver.claim(&[2, 0]));
+        assert!(!driver.claim(&[1, 2]));
+        assert_eq!(driver.take_interrupts(Duration::ZERO), [arrived[1].1]);
+        assert!(driver.arrived(Duration::ZERO, 3).is_empty());
+    }
+
+    #[test]
+    fn a_wait_for_a_later_interrupt_ends_when_it_arrives_even_if_it_has_been_taken() {
+        let partition = SimulatedPartition::open().unwrap();
+        let driver = partition.driver();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| driver.arrived(Duration::from_secs(60), 1).len());
+            driver.signal_msi(MSI).unwrap();
+            driver.signal_msi(MSI).unwrap();
+            assert_eq!(waiter.join().unwrap(), 2);
+        });
+        driver.take_interrupts(Duration::ZERO);
+        assert!(driver.arrived(Duration::from_secs(60), 1).is_empty());
+    }
 }

@@ -17,7 +17,7 @@ pub struct Image<E> {
 
 impl<E: Copy> Image<E> {
     const WORDS: usize = {
-        assert!(size_of::<E>().is_multiple_of(8) && align_of::<E>() <= 8);
+        assert!(size_of::<E>() % 8 == 0 && align_of::<E>() <= 8);
         size_of::<E>() / 8
     };
 

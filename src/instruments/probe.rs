@@ -87,7 +87,7 @@ impl RawPartition {
             Self::Mshv(_) => Ok(None),
             Self::Kvm(partition) => {
                 let taken = partition.vcpus().take_interrupts()?;
-                Ok(Some(taken.into_iter().map(|interrupt| interrupt.vector).collect()))
+                Ok(taken.map(|taken| taken.into_iter().map(|interrupt| interrupt.vector).collect()))
             }
         }
     }

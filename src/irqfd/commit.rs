@@ -212,13 +212,36 @@ impl State {
                 }
             }
         }
+        self.arm_all_again(disarmed, &mut failure);
+        failure
+    }
+
+    /// Arms what a failed call has disarmed, and adds to the failure what the kernel refuses.
+    fn arm_all_again(&mut self, disarmed: &[u16], failure: &mut Failure) {
         for index in disarmed.iter().map(|index| usize::from(*index)) {
             let gsi = self.gsi(index);
             if !self.arm_again(index) && !failure.disarmed.contains(&gsi) {
                 failure.disarmed.push(gsi);
             }
         }
-        failure
+    }
+
+    /// Disarms every irqfd and arms it again. A kernel that takes signals from an eventfd first and raises the interrupts
+    /// later (KVM) has raised them when an irqfd is disarmed.
+    pub(super) fn flush(&mut self) -> Result<(), Failure> {
+        let mut disarmed = Vec::new();
+        let mut result = self.disarm_all(&[], &mut disarmed);
+        if result.is_ok() {
+            let armed = self.armed.len();
+            let assigned = disarmed.iter().try_for_each(|index| self.assign_if_wanted(usize::from(*index)));
+            result = assigned.and(self.drain(armed));
+        }
+        result = result.map_err(|mut failure| {
+            self.arm_all_again(&disarmed, &mut failure);
+            failure
+        });
+        disarmed.iter().for_each(|index| self.publish(usize::from(*index)));
+        result
     }
 
     /// Disarms a slot and removes its route, even if the kernel refuses. The GSI is free again unless its irqfd may

@@ -6,9 +6,9 @@ use std::sync::{Arc, PoisonError};
 use super::error::{Error, Failure, Result};
 use super::state::State;
 use super::sync::{AtomicBool, Mutex, MutexGuard};
-use crate::hypervisor::Backend;
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::trigger::Trigger;
+use crate::hypervisor::{Backend, CallError, Operation};
 
 /// The part of a doorbell that its handle and its partition share.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl Doorbell {
             Ok(()) => self.event.close(),
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => self.event.forget_if_closed(),
-            Err(_) => {}
+            Err(_) => self.event.wake_waiters(),
         }
         taken.map_err(|failure| failure.of_doorbell(self.trigger))
     }
@@ -79,6 +79,18 @@ impl Doorbells {
             .map_err(|failure| failure.of_doorbell(trigger))?;
         all.push(Arc::clone(&doorbell));
         Ok(doorbell)
+    }
+
+    /// Rings the open doorbells, as the guest does. Not those on a route's eventfd: their rings are the route's signals,
+    /// which are saved as its pending bit.
+    pub(super) fn ring(&self, state: &State) -> Result {
+        for doorbell in self.lock().iter().filter(|doorbell| !doorbell.is_closed()) {
+            if state.route_of(&doorbell.event).is_none() {
+                let failed = |error| Failure::new(CallError::of(Operation::Event, "write", &error), None);
+                doorbell.event.signal(1).map_err(|error| failed(error).of_doorbell(doorbell.trigger))?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes a doorbell away. If the kernel refuses, the doorbell is closed nevertheless, and `remove_all` tries again.

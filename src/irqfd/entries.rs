@@ -151,9 +151,7 @@ impl Entries {
                 continue;
             }
             entry.used = 0;
-            if let Some(msi) = before.get()
-                && self.loaded.get(&msi) == Some(gsi)
-            {
+            if let Some(msi) = before.get().filter(|msi| self.loaded.get(msi) == Some(gsi)) {
                 self.loaded.remove(&msi);
             }
             if let Some(msi) = entry.kernel.get() {

@@ -37,6 +37,9 @@ pub enum Error {
     Adopt(#[from] AdoptError),
     #[error("{0}")]
     Invalid(String),
+    /// An error about a part of a saved state.
+    #[error("{place}: {error}")]
+    At { place: String, error: Box<Error> },
     #[error("{0}")]
     Unsupported(String),
     #[error("{device}: {} ({}): {advice}", strerror(error.errno), error.call)]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::error::{Error, Failure, Result};
 use super::sync::Shared;
 use crate::hypervisor::event::EventFd;
+use crate::hypervisor::waiters::Watch;
 use crate::hypervisor::{CallError, Operation};
 
 /// An eventfd to put on a route: a new one, or a duplicate of a caller's.
@@ -111,8 +112,10 @@ impl RouteEvent {
 
     /// Puts another eventfd in its place. If the old one `carries`, `carry_over` must follow.
     pub(super) fn replace(&self, new: &Arc<EventFd>, carries: bool) {
-        let before = carries.then(|| self.get());
+        let old = self.get();
+        let before = carries.then(|| Arc::clone(&old));
         self.0.store(Arc::new(Current { event: Arc::clone(new), before }));
+        old.wake_waiters();
     }
 
     /// Carries over what the eventfd before held: all of it, or if the route is armed, one signal for all.
@@ -129,6 +132,23 @@ impl RouteEvent {
             before.forget_if_closed();
         }
         self.0.store(Arc::new(Current { event: Arc::clone(&current.event), before: None }));
+    }
+
+    /// Begins a watch on the eventfd. A replacement ends it, as closing does.
+    pub(super) fn watch(&self) -> io::Result<Watch> {
+        let mut current = self.0.load();
+        loop {
+            let watch = current.event.watch();
+            let now = self.0.load();
+            if Arc::ptr_eq(&current.event, &now.event) {
+                return watch;
+            }
+            current = now;
+        }
+    }
+
+    pub(super) fn wake_waiters(&self) {
+        self.0.load().event.wake_waiters();
     }
 
     pub(super) fn consume(&self) -> io::Result<u64> {

@@ -54,12 +54,23 @@ impl GsiAllocator {
         Some(64 * at + bit)
     }
 
+    /// Takes a free GSI.
+    pub fn take(&mut self, index: usize) {
+        let word = &mut self.words[index / 64];
+        debug_assert!(*word & 1 << (index % 64) != 0, "{index} is taken");
+        *word &= !(1 << (index % 64));
+        if *word == 0 {
+            self.summary &= !(1 << (index / 64));
+        }
+        self.taken += 1;
+    }
+
     /// How many are taken.
     pub fn taken(&self) -> usize {
         self.taken
     }
 
-    /// Frees a GSI that `allocate` returned.
+    /// Frees a GSI that is taken.
     pub fn free(&mut self, index: usize) {
         debug_assert!(self.words[index / 64] & 1 << (index % 64) == 0, "{index} is already free");
         self.taken -= 1;
@@ -97,6 +108,11 @@ mod tests {
                 let lowest = free.pop_first();
                 assert_eq!(gsis.allocate(), lowest);
                 taken.extend(lowest);
+            } else if random >> 30 == 3 && !free.is_empty() {
+                let some = *free.iter().nth((random >> 8) as usize % free.len()).unwrap();
+                free.remove(&some);
+                gsis.take(some);
+                taken.push(some);
             } else {
                 let index = taken.swap_remove((random >> 8) as usize % taken.len());
                 gsis.free(index);

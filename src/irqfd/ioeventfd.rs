@@ -8,6 +8,7 @@ use super::error::{Error, Failure, Result};
 use super::partition::Partition;
 use crate::hypervisor::event::EventFd;
 use crate::hypervisor::trigger::Trigger;
+use crate::hypervisor::waiters::Watch;
 use crate::hypervisor::{CallError, Operation};
 
 /// A doorbell of a partition. Dropping it takes it away.
@@ -83,6 +84,17 @@ impl IoEventFd {
     pub fn consume(&self) -> Result<u64> {
         self.check()?;
         self.doorbell.event.consume().map_err(|error| self.event_error("preadv2", &error))
+    }
+
+    /// Begins a watch for an event loop. Look at the doorbell's state after this; see [`Watch`].
+    pub fn watch(&self) -> Result<Watch> {
+        self.check()?;
+        self.doorbell.event.watch().map_err(|error| self.event_error("fcntl (F_DUPFD_CLOEXEC)", &error))
+    }
+
+    /// Ends the watches on the doorbell, so that those who wait look at its state again.
+    pub fn wake_waiters(&self) {
+        self.doorbell.event.wake_waiters();
     }
 
     fn event_error(&self, call: &'static str, error: &std::io::Error) -> Error {

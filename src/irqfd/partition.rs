@@ -1,6 +1,6 @@
 //! A partition: its GSIs, routes, doorbells and VPs, and the lock that guards every call into its kernel.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError, Weak};
 use std::time::Duration;
@@ -17,6 +17,7 @@ use super::state::State;
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use super::vps::VpSet;
+use crate::hypervisor::Backend;
 use crate::hypervisor::observer::{ObserveError, Observer};
 use crate::hypervisor::owner::Owner;
 #[cfg(not(all(test, shuttle)))]
@@ -172,16 +173,41 @@ impl Partition {
     }
 
     /// Makes a route on a new eventfd, or on a duplicate of the caller's.
-    pub(super) fn add_route(&self, event: Option<RawFd>) -> Result<Arc<Route>> {
+    pub(super) fn add_route(&self, event: Option<RawFd>, of_device: bool) -> Result<Arc<Route>> {
         self.check_open()?;
         if event.is_none() {
-            return self.add_route_on(self.lock(), NewEvent::make(None)?);
+            return self.add_route_on(self.lock(), NewEvent::make(None)?, of_device);
         }
         // Held to the end, so that two callers can't pass the same eventfd at the same time.
         let all = partitions()?;
         let event = NewEvent::make(event)?;
         self.check_event(&all, &event, |_| false)?;
-        self.add_route_on(self.lock(), event)
+        self.add_route_on(self.lock(), event, of_device)
+    }
+
+    /// Makes eventfds for routes, or duplicates those of callers, and makes the routes on them.
+    pub(super) fn with_events<T>(
+        &self,
+        fds: &[Option<RawFd>],
+        make: impl FnOnce(Vec<NewEvent>) -> Result<T>,
+    ) -> Result<T> {
+        // Held to the end, as in `add_route`.
+        let all = if fds.iter().any(Option::is_some) { Some(partitions()?) } else { None };
+        let mut events: Vec<NewEvent> = Vec::with_capacity(fds.len());
+        for fd in fds {
+            let event = NewEvent::make(*fd)?;
+            if let (Some(fd), Some(all)) = (fd, &all) {
+                self.check_event(all, &event, |_| false)?;
+                let same = |other: &&NewEvent| other.of.is_some() && event.is_same(&other.event);
+                if let Some(other) = events.iter().find(same).and_then(|other| other.of) {
+                    return Err(Error::Invalid(format!(
+                        "file descriptors {other} and {fd} are of one eventfd; a route needs one of its own"
+                    )));
+                }
+            }
+            events.push(event);
+        }
+        make(events)
     }
 
     /// Refuses a caller's eventfd that a route of this process has, unless it is a route of this partition that
@@ -195,7 +221,7 @@ impl Partition {
         let Some(fd) = event.of else { return Ok(()) };
         for other in all.iter().filter_map(Weak::upgrade) {
             let of_this = std::ptr::eq(self, &raw const *other);
-            if let Some(gsi) = other.lock().route_of(event).filter(|gsi| !(of_this && gives_up(*gsi))) {
+            if let Some(gsi) = other.lock().route_of(&event.event).filter(|gsi| !(of_this && gives_up(*gsi))) {
                 return Err(Error::Invalid(format!(
                     "file descriptor {fd} is the eventfd of the route of GSI {gsi}{}; a route needs one of its own",
                     if of_this { "" } else { " of another partition" },
@@ -213,17 +239,16 @@ impl Partition {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(None),
         };
-        self.add_route_on(state, NewEvent::make(None)?).map(Some)
+        self.add_route_on(state, NewEvent::make(None)?, false).map(Some)
     }
 
-    fn add_route_on(&self, mut state: MutexGuard<'_, State>, new: NewEvent) -> Result<Arc<Route>> {
+    fn add_route_on(&self, mut state: MutexGuard<'_, State>, new: NewEvent, of_device: bool) -> Result<Arc<Route>> {
         if state.closing {
             return Err(closed());
         }
         let index = state.gsis.allocate().ok_or_else(|| Error::Exhausted(self.config.gsis.clone()))?;
-        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, Arc::clone(&new.event)));
-        state.slots[index].route = Some(Arc::clone(&route));
-        state.slots[index].event = Some(new.event);
+        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, new.event));
+        state.give(index, &route, of_device);
         Ok(route)
     }
 
@@ -273,6 +298,12 @@ impl Partition {
         change.wanted.map_or(Ok(()), |msi| self.check_destination(vps, Some(gsi), msi))
     }
 
+    /// Makes the check of `apply` for a change.
+    pub(super) fn check_vp_of(&self, state: &State, change: &Change) -> Result {
+        let vps = state.vps.filter(|_| !self.config.allow_missing_vp);
+        vps.map_or(Ok(()), |vps| self.check_vp(&vps, change))
+    }
+
     fn check_destination(&self, vps: &VpSet, gsi: Option<u32>, msi: RawMsi) -> Result {
         let target = Target::decode(msi);
         let exists = match target.destination {
@@ -305,7 +336,7 @@ impl Partition {
             // Closed by other code: the number may belong to another file by now.
             Err(failure) if failure.error.errno == libc::EBADF => route.event.forget_if_closed(),
             // Closing the partition tries once more to disarm it, and needs the descriptor for that.
-            Err(_) => {}
+            Err(_) => route.event.wake_waiters(),
         }
         result
     }
@@ -376,9 +407,46 @@ impl Partition {
     /// Takes the interrupts that have arrived. Waits at most `wait` for the first, and may return earlier without one.
     pub fn take_interrupts(&self, wait: Duration) -> Result<Vec<Interrupt>> {
         self.check_open()?;
-        self.observer
-            .take_interrupts(wait)
-            .map_err(|error| unobservable(error, "the mshv driver does not report which interrupts arrived"))
+        self.observer.take_interrupts(wait).map_err(unreported)
+    }
+
+    /// The interrupts that have arrived and that nobody has taken, each with a number to claim it by. Waits at most `wait`
+    /// for one with the number `known` or above, and may return earlier without one.
+    pub fn arrived_interrupts(&self, wait: Duration, known: u64) -> Result<Vec<(u64, Interrupt)>> {
+        self.check_open()?;
+        self.observer.arrived(wait, known).map_err(unreported)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them. Leaves all others.
+    pub fn claim_interrupts(&self, numbers: &[u64]) -> Result<bool> {
+        self.check_open()?;
+        self.observer.claim(numbers).map_err(unreported)
+    }
+
+    /// Returns once the interrupt of every signal before this call has been raised.
+    pub fn settle(&self) -> Result {
+        self.check_open()?;
+        match self.config.backend {
+            Backend::Simulated => self.simulated()?.settle(),
+            Backend::Kvm => self.lock_open()?.flush()?,
+            // The driver raises it before the write returns.
+            Backend::Mshv => {}
+        }
+        Ok(())
+    }
+
+    /// A duplicate of the descriptor of a vCPU that was made here, for someone who runs it. Until `take_vcpus_back`,
+    /// `take_interrupts` is refused: the guest takes them.
+    pub fn lend_vcpu(&self, index: u8) -> Result<OwnedFd> {
+        self.check_open()?;
+        let vcpu = self.observer.lend_vcpu(index).map_err(|error| unobservable(error, ONLY_KVM))?;
+        vcpu.ok_or_else(|| Error::Invalid(format!("this partition made no VP {index}")))
+    }
+
+    /// Takes the lent vCPUs back: nobody runs them any more.
+    pub fn take_vcpus_back(&self) -> Result {
+        self.check_open()?;
+        self.observer.take_vcpus_back().map_err(|error| unobservable(error, ONLY_KVM))
     }
 
     /// The kernel of a simulated partition.
@@ -420,14 +488,23 @@ impl Partition {
     }
 }
 
+const ONLY_KVM: &str = "only KVM has vCPUs that a program can run";
+
 fn closed() -> Error {
     Error::Closed("the partition".into())
+}
+
+fn unreported(error: ObserveError) -> Error {
+    unobservable(error, "the mshv driver does not report which interrupts arrived")
 }
 
 fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {
     match error {
         ObserveError::Closed => closed(),
         ObserveError::Unsupported => Error::Unobservable(unsupported),
+        ObserveError::Running => Error::Unsupported(
+            "a guest runs on the vCPUs and takes the interrupts itself; ask the guest, or stop it first".into(),
+        ),
         ObserveError::Io(error) => {
             Failure::new(CallError::of(Operation::Observe, "KVM_GET_LAPIC or KVM_SET_LAPIC", &error), None).into()
         }

@@ -11,6 +11,7 @@ use super::msi::MsiRoute;
 use super::partition::Partition;
 use super::plan::Change;
 use super::shared::{ARMED, CLOSED, HAS_MSI, Intent, MASKED, Route};
+use crate::hypervisor::waiters::Watch;
 use crate::hypervisor::{CallError, Operation};
 
 /// A route of a partition. Dropping it closes it.
@@ -26,18 +27,28 @@ impl Partition {
     /// Makes a route with the lowest free GSI, unmasked and without an MSI, on a new eventfd or on a duplicate of the
     /// caller's.
     pub fn new_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
-        let route = self.add_route(event)?;
-        Ok(IrqFdRoute { partition: Arc::clone(self), route })
+        let route = self.add_route(event, false)?;
+        Ok(IrqFdRoute::on(self, route))
+    }
+
+    /// As `new_route`, for a device, which saves the route's state with its own.
+    pub fn new_device_route(self: &Arc<Self>, event: Option<RawFd>) -> Result<IrqFdRoute> {
+        let route = self.add_route(event, true)?;
+        Ok(IrqFdRoute::on(self, route))
     }
 
     /// Makes a route on a new eventfd. Returns `None` instead of waiting for the partition's lock.
     pub fn try_new_route(self: &Arc<Self>) -> Result<Option<IrqFdRoute>> {
         let route = self.try_add_route()?;
-        Ok(route.map(|route| IrqFdRoute { partition: Arc::clone(self), route }))
+        Ok(route.map(|route| IrqFdRoute::on(self, route)))
     }
 }
 
 impl IrqFdRoute {
+    pub(super) fn on(partition: &Arc<Partition>, route: Arc<Route>) -> Self {
+        Self { partition: Arc::clone(partition), route }
+    }
+
     pub(super) fn is_of(&self, partition: &Arc<Partition>) -> bool {
         Arc::ptr_eq(&self.partition, partition)
     }
@@ -109,6 +120,17 @@ impl IrqFdRoute {
     pub fn try_signal(&self, n: u64) -> Result<bool> {
         self.open()?;
         self.route.event.try_signal(n).map_err(|error| self.event_error("write", &error))
+    }
+
+    /// Begins a watch for an event loop. Look at the route's state after this; see [`Watch`].
+    pub fn watch(&self) -> Result<Watch> {
+        self.open()?;
+        self.route.event.watch().map_err(|error| self.event_error("fcntl (F_DUPFD_CLOEXEC)", &error))
+    }
+
+    /// Ends the watches on the route, so that those who wait look at its state again.
+    pub fn wake_waiters(&self) {
+        self.route.event.wake_waiters();
     }
 
     fn event_error(&self, call: &'static str, error: &std::io::Error) -> Error {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use super::config::Config;
 use super::entries::Entries;
 use super::error::Failure;
-use super::events::NewEvent;
 use super::gsi::{GsiAllocator, GsiState};
 use super::preload::Habits;
 use super::shared::Route;
@@ -51,6 +50,8 @@ pub(super) struct Slot {
     /// Its place in `armed`, counted from 1.
     pub(super) armed: u16,
     pub(super) broken: bool,
+    /// Whether its route is a device's, which saves it.
+    pub(super) of_device: bool,
 }
 
 impl Slot {
@@ -71,8 +72,15 @@ impl Slot {
 impl State {
     pub(super) fn new(hypervisor: Box<dyn Hypervisor>, config: &Config, vps: Option<VpSet>) -> Self {
         let size = config.gsis.len();
-        let slot =
-            |gsi| Slot { route: None, event: None, wanted: None, place: gsi as u16, armed: 0, broken: false };
+        let slot = |gsi| Slot {
+            route: None,
+            event: None,
+            wanted: None,
+            place: gsi as u16,
+            armed: 0,
+            broken: false,
+            of_device: false,
+        };
         let spares = config.spare_gsis(hypervisor.has_pins());
         let end = spares.iter().map(|gsi| u32::from(*gsi) + 1).max().unwrap_or(0).max(config.gsis.end);
         Self {
@@ -91,6 +99,14 @@ impl State {
             habits: Habits::default(),
             loads: true,
         }
+    }
+
+    /// Gives a slot its route.
+    pub(super) fn give(&mut self, index: usize, route: &Arc<Route>, of_device: bool) {
+        let slot = &mut self.slots[index];
+        slot.route = Some(Arc::clone(route));
+        slot.event = Some(route.event.get());
+        slot.of_device = of_device;
     }
 
     pub(super) fn gsi(&self, index: usize) -> u32 {
@@ -288,10 +304,12 @@ impl State {
     }
 
     /// The GSI of the route that has this eventfd, if one has.
-    pub(super) fn route_of(&self, event: &NewEvent) -> Option<u32> {
+    pub(super) fn route_of(&self, event: &EventFd) -> Option<u32> {
         // A broken route may have another eventfd than its irqfd.
+        // One that can't be inspected was closed by other code, and is no route's any more.
+        let is_it = |other: &EventFd| event.is_same(other).unwrap_or(false);
         let of_event = |slot: &Slot| match (&slot.route, &slot.event) {
-            (Some(route), Some(armed)) => event.is_same(armed) || event.is_same(&route.event.get()),
+            (Some(route), Some(armed)) => is_it(armed) || is_it(&route.event.get()),
             _ => false,
         };
         self.slots.iter().position(of_event).map(|index| self.gsi(index))

@@ -5,14 +5,14 @@ use std::ops::Range;
 /// The dwords of an access to a structure in a BAR: an aligned dword or qword inside it. PCI Local Bus 3.0 section
 /// 6.8.2 leaves all other accesses undefined; here they read as all ones and write nothing.
 pub(super) fn dwords(offset: u64, size: usize, length: usize) -> Option<Range<usize>> {
-    let aligned = matches!(size, 4 | 8) && offset.is_multiple_of(size as u64);
+    let aligned = matches!(size, 4 | 8) && offset % (size as u64) == 0;
     let end = offset.checked_add(size as u64).filter(|end| aligned && *end <= length as u64)?;
     Some(offset as usize / 4..end as usize / 4)
 }
 
 /// The bytes of an access to configuration space: 1, 2 or 4 of one dword, aligned.
 pub(super) fn bytes(offset: u64, size: usize, length: usize) -> Option<Range<usize>> {
-    let aligned = matches!(size, 1 | 2 | 4) && offset.is_multiple_of(size as u64);
+    let aligned = matches!(size, 1 | 2 | 4) && offset % (size as u64) == 0;
     let end = offset.checked_add(size as u64).filter(|end| aligned && *end <= length as u64)?;
     Some(offset as usize..end as usize)
 }

@@ -34,16 +34,16 @@ pub(super) struct Changed {
 /// Locks are taken in this order: the device's, a route's, the partition's.
 #[derive(Debug)]
 pub struct Device<R> {
-    vectors: Arc<Vectors>,
-    state: Mutex<State<R>>,
+    pub(super) vectors: Arc<Vectors>,
+    pub(super) state: Mutex<State<R>>,
 }
 
 #[derive(Debug)]
 pub(super) struct State<R> {
     pub(super) registers: R,
     /// The vectors that are live.
-    live: Box<[bool]>,
-    faults: Faults,
+    pub(super) live: Box<[bool]>,
+    pub(super) faults: Faults,
 }
 
 impl<R: Registers> Device<R> {
@@ -69,6 +69,17 @@ impl<R: Registers> Device<R> {
         Ok(state)
     }
 
+    /// The faults, with the vectors that the failed call of another route has disarmed.
+    fn all_faults(&self, state: &State<R>) -> Faults {
+        let mut faults = state.faults.clone();
+        for index in (0..self.vectors.count()).filter(|index| state.live[*index]) {
+            if !faults.contains_key(&index) {
+                faults.extend(self.vectors.lost_arming(index).map(|fault| (index, fault)));
+            }
+        }
+        faults
+    }
+
     /// Changes the registers. Then arms and disarms the vectors that are to be, with one push at most.
     pub(super) fn change(&self, edit: impl FnOnce(&mut R) -> Option<Changed>) -> Result {
         let mut state = self.lock()?;
@@ -89,6 +100,10 @@ impl<R: Registers> Device<R> {
     }
 }
 
+fn reasons(faults: Faults) -> Vec<(usize, Arc<Error>)> {
+    faults.into_iter().map(|(index, fault)| (index, fault.error)).collect()
+}
+
 /// A device, whatever its registers are.
 pub trait AnyDevice: Send + Sync + std::fmt::Debug {
     /// What needs no lock: signals, pending bits, the routes that have been taken.
@@ -98,6 +113,9 @@ pub trait AnyDevice: Send + Sync + std::fmt::Debug {
     fn reset(&self) -> Result;
     /// The vectors that are not armed or disarmed as the guest asked, with the reason.
     fn faults(&self) -> Result<Vec<(usize, Arc<Error>)>>;
+    /// Arms and disarms the vectors that are not as the guest asked, with one push at most. Returns those that are not
+    /// so still.
+    fn retry(&self) -> Result<Vec<(usize, Arc<Error>)>>;
     /// Whether the guest has masked a vector.
     fn masked(&self, index: usize) -> Result<bool>;
     /// The vector's route, taken now if need be.
@@ -128,14 +146,20 @@ impl<R: Registers> AnyDevice for Device<R> {
     }
 
     fn faults(&self) -> Result<Vec<(usize, Arc<Error>)>> {
-        let state = self.lock()?;
-        let mut faults = state.faults.clone();
-        for index in (0..self.vectors.count()).filter(|index| state.live[*index]) {
-            if !faults.contains_key(&index) {
-                faults.extend(self.vectors.lost_arming(index).map(|error| (index, Arc::new(error))));
-            }
-        }
-        Ok(faults.into_iter().collect())
+        Ok(reasons(self.all_faults(&*self.lock()?)))
+    }
+
+    fn retry(&self) -> Result<Vec<(usize, Arc<Error>)>> {
+        let mut state = self.lock()?;
+        let faults = self.all_faults(&state);
+        let State { live, faults: known, .. } = &mut *state;
+        // Those that are disarmed are as the guest asked. A failure below puts the others back.
+        known.retain(|index, _| live[*index] || self.vectors.is_broken(*index));
+        self.vectors.disarm(known, faults.keys().copied().filter(|index| !live[*index]).collect());
+        // The message from the time when the vector became live: the guest may be writing another one to its entry.
+        let again = faults.iter().filter_map(|(index, fault)| Some((*index, Ok(fault.message?))));
+        self.vectors.arm(known, again.filter(|(index, _)| live[*index]).collect());
+        Ok(reasons(self.all_faults(&state)))
     }
 
     fn masked(&self, index: usize) -> Result<bool> {

@@ -7,11 +7,13 @@ mod access;
 mod device;
 mod msi;
 mod msix;
+mod saved;
 #[cfg(test)]
 mod tests;
 mod vectors;
 
 pub use device::{AnyDevice, Device};
-pub use msi::{MSI_VECTORS, MsiCapability};
-pub use msix::{MSIX_VECTORS, MsixTable};
+pub use msi::{MSI_VECTORS, MsiCapability, MsiState};
+pub use msix::{EntryState, MSIX_VECTORS, MsixState, MsixTable};
+pub use saved::VectorState;
 pub use vectors::Vectors;

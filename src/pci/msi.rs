@@ -7,12 +7,19 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::access;
 use super::device::{AnyDevice, Changed, Device, Registers};
-use crate::irqfd::{Error, MsiRoute, Partition, Result};
+use super::saved::VectorState;
+use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState, dicts};
 
 /// The most vectors of a device.
 pub const MSI_VECTORS: usize = 32;
+
+const COUNTS: &str = "1, 2, 4, 8, 16 or 32";
+
+const WHAT: &str = "the MSI capability";
 
 const CAPABILITY_ID: u8 = 0x05;
 /// Message control (section 6.8.1.3). Bits 3:1 are the logarithm of the number of vectors that the device can use.
@@ -97,18 +104,93 @@ impl Registers for MsiRegisters {
     }
 }
 
+/// The saved state of a capability.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsiState {
+    /// The number of vectors.
+    pub size: u32,
+    pub enabled: bool,
+    /// The field of message control that the guest writes: the logarithm of the number of vectors that it grants.
+    pub multiple_message_enable: u16,
+    pub address: u64,
+    pub data: u16,
+    pub mask_bits: u32,
+    /// The vectors that have a route, a signal or a fault.
+    #[serde(deserialize_with = "dicts")]
+    pub vectors: Vec<VectorState>,
+}
+
+impl SavedState for MsiState {
+    const KIND: &'static str = "mshv_irqfd.MsiCapability";
+}
+
+impl MsiRegisters {
+    fn restored(state: &MsiState) -> Result<Self> {
+        let count = checked(state.size as usize).ok_or_else(|| {
+            Error::Invalid(format!("size: {} is not a number of vectors of MSI: expected {COUNTS}", state.size))
+        })?;
+        let granted = state.multiple_message_enable;
+        if granted > GRANTED >> GRANTED_SHIFT {
+            return Err(Error::Invalid(format!(
+                "multiple_message_enable: {granted} is out of range; it is 0 to 7"
+            )));
+        }
+        let mut registers = Self::new(count);
+        let enabled = if state.enabled { ENABLE } else { 0 };
+        let control = registers.value(CONTROL) as u16 | enabled | granted << GRANTED_SHIFT;
+        registers.bytes[CONTROL].copy_from_slice(&control.to_le_bytes());
+        for (key, register, value) in [
+            ("address", ADDRESS, state.address),
+            ("data", DATA, state.data.into()),
+            ("mask_bits", MASK_BITS, state.mask_bits.into()),
+        ] {
+            let bytes = &value.to_le_bytes()[..register.len()];
+            for (place, new) in register.clone().zip(bytes) {
+                if (new ^ registers.bytes[place]) & !registers.writable[place] != 0 {
+                    return Err(Error::Invalid(format!(
+                        "{key}: {value:#x} has bits set that no guest can write in this capability"
+                    )));
+                }
+                registers.bytes[place] = *new;
+            }
+        }
+        Ok(registers)
+    }
+}
+
 impl Device<MsiRegisters> {
+    /// Saves the registers and the vectors.
+    pub fn save(&self) -> Result<MsiState> {
+        let state = self.lock()?;
+        let registers = &state.registers;
+        let control = registers.value(CONTROL) as u16;
+        Ok(MsiState {
+            size: self.vectors().count() as u32,
+            enabled: control & ENABLE != 0,
+            multiple_message_enable: (control & GRANTED) >> GRANTED_SHIFT,
+            address: registers.value(ADDRESS),
+            data: registers.value(DATA) as u16,
+            mask_bits: registers.value(MASK_BITS) as u32,
+            vectors: state.save(self.vectors())?,
+        })
+    }
+
+    /// The capability that was saved. `events` are the caller's eventfds, for vectors that have a GSI in the state.
+    pub fn restore(partition: &Arc<Partition>, state: &MsiState, events: &[(usize, RawFd)]) -> Result<Self> {
+        let registers = MsiRegisters::restored(state)?;
+        Self::restored(partition, WHAT, state.size as usize, registers, &state.vectors, events)
+    }
+
     /// A capability in its reset state: MSI disabled, no vector masked.
     ///
     /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
     /// they are first live.
     pub fn new(partition: Arc<Partition>, vectors: usize, events: &[(usize, RawFd)]) -> Result<Self> {
-        if !(1..=MSI_VECTORS).contains(&vectors) || !vectors.is_power_of_two() {
-            return Err(Error::Invalid(format!(
-                "vectors {vectors} is not a number of vectors of MSI: give 1, 2, 4, 8, 16 or 32"
-            )));
-        }
-        Self::with(partition, "the MSI capability", vectors, events, MsiRegisters::new(vectors))
+        let vectors = checked(vectors).ok_or_else(|| {
+            Error::Invalid(format!("vectors {vectors} is not a number of vectors of MSI: give {COUNTS}"))
+        })?;
+        Self::with(partition, WHAT, vectors, events, MsiRegisters::new(vectors))
     }
 
     /// Reads the capability in configuration space, at an offset from its first byte. An access that is not an aligned
@@ -145,4 +227,8 @@ impl Device<MsiRegisters> {
         bytes[PENDING_BITS].copy_from_slice(&pending.to_le_bytes());
         Ok(bytes)
     }
+}
+
+fn checked(vectors: usize) -> Option<usize> {
+    ((1..=MSI_VECTORS).contains(&vectors) && vectors.is_power_of_two()).then_some(vectors)
 }

@@ -7,12 +7,17 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::access;
 use super::device::{AnyDevice, Changed, Device, Registers};
-use crate::irqfd::{Error, MsiRoute, Partition, Result};
+use super::saved::VectorState;
+use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState, dicts};
 
 /// The most vectors of a device: the size field has 11 bits (section 6.8.2.3).
 pub const MSIX_VECTORS: usize = 2048;
+
+const WHAT: &str = "the MSI-X table";
 
 const CAPABILITY_ID: u8 = 0x11;
 /// Message control (section 6.8.2.3). Bits 10:0 are the number of vectors less one, bits 13:11 are reserved.
@@ -67,7 +72,93 @@ impl Registers for MsixRegisters {
     }
 }
 
+/// The saved state of a table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    /// The number of vectors.
+    pub size: u32,
+    pub enabled: bool,
+    pub function_mask: bool,
+    /// The entries that are not in the reset state.
+    #[serde(deserialize_with = "dicts")]
+    pub table: Vec<EntryState>,
+    /// The vectors that have a route, a signal or a fault.
+    #[serde(deserialize_with = "dicts")]
+    pub vectors: Vec<VectorState>,
+}
+
+/// The saved state of an entry: whatever the guest has written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntryState {
+    pub vector: u32,
+    pub address: u64,
+    pub data: u32,
+    pub masked: bool,
+}
+
+impl SavedState for MsixState {
+    const KIND: &'static str = "mshv_irqfd.MsixTable";
+}
+
+impl MsixRegisters {
+    fn save_table(&self) -> Vec<EntryState> {
+        let entry = |(vector, [low, high, data, control]): (usize, &Entry)| EntryState {
+            vector: vector as u32,
+            address: u64::from(*high) << 32 | u64::from(*low),
+            data: *data,
+            masked: control & MASK != 0,
+        };
+        self.entries.iter().enumerate().filter(|(_, entry)| **entry != RESET).map(entry).collect()
+    }
+
+    fn restored(state: &MsixState) -> Result<Self> {
+        let count = state.size as usize;
+        if !(1..=MSIX_VECTORS).contains(&count) {
+            return Err(Error::Invalid(format!(
+                "size: {count} is out of range; an MSI-X table has 1 to {MSIX_VECTORS}"
+            )));
+        }
+        let mut entries: Box<[Entry]> = vec![RESET; count].into();
+        let mut seen = vec![None; count];
+        for (at, EntryState { vector, address, data, masked }) in state.table.iter().enumerate() {
+            let Some(other) = seen.get_mut(*vector as usize) else {
+                return Err(Error::Invalid(format!(
+                    "table[{at}].vector: {vector} is out of range; the device has vectors 0 to {}",
+                    count - 1
+                )));
+            };
+            if let Some(other) = other.replace(at) {
+                return Err(Error::Invalid(format!("table[{at}].vector: {vector} is that of table[{other}] too")));
+            }
+            let control = if *masked { MASK } else { 0 };
+            entries[*vector as usize] = [*address as u32, (address >> 32) as u32, *data, control];
+        }
+        let control = if state.enabled { ENABLE } else { 0 } | if state.function_mask { FUNCTION_MASK } else { 0 };
+        Ok(Self { entries, control })
+    }
+}
+
 impl Device<MsixRegisters> {
+    /// Saves the registers and the vectors.
+    pub fn save(&self) -> Result<MsixState> {
+        let state = self.lock()?;
+        Ok(MsixState {
+            size: self.vectors().count() as u32,
+            enabled: state.registers.control & ENABLE != 0,
+            function_mask: state.registers.control & FUNCTION_MASK != 0,
+            table: state.registers.save_table(),
+            vectors: state.save(self.vectors())?,
+        })
+    }
+
+    /// The table that was saved. `events` are the caller's eventfds, for vectors that have a GSI in the state.
+    pub fn restore(partition: &Arc<Partition>, state: &MsixState, events: &[(usize, RawFd)]) -> Result<Self> {
+        let registers = MsixRegisters::restored(state)?;
+        Self::restored(partition, WHAT, state.size as usize, registers, &state.vectors, events)
+    }
+
     /// A table in its reset state: MSI-X disabled, every vector masked.
     ///
     /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
@@ -79,7 +170,7 @@ impl Device<MsixRegisters> {
             )));
         }
         let registers = MsixRegisters { entries: vec![RESET; vectors].into(), control: 0 };
-        Self::with(partition, "the MSI-X table", vectors, events, registers)
+        Self::with(partition, WHAT, vectors, events, registers)
     }
 
     fn table_bytes(&self) -> usize {
@@ -171,7 +262,7 @@ fn place(name: &str, bar: u64, offset: u64, length: usize) -> Result<Range<u64>>
     if bar >= BARS {
         return Err(Error::Invalid(format!("{name}_bar {bar} is out of range; a device has BARs 0 to 5")));
     }
-    if !offset.is_multiple_of(8) {
+    if offset % 8 != 0 {
         return Err(Error::Invalid(format!("{name}_offset {offset:#x} is not a multiple of 8")));
     }
     match offset.checked_add(length as u64) {

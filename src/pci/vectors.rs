@@ -9,8 +9,16 @@ use std::sync::{Arc, OnceLock};
 use crate::hypervisor::{CallError, Operation};
 use crate::irqfd::{Batch, Error, Failure, GsiState, IrqFdRoute, MsiRoute, Partition, Result};
 
-/// The vectors for which the last arming or disarming failed, with the reason.
-pub(super) type Faults = BTreeMap<usize, Arc<Error>>;
+/// The vectors for which the last arming or disarming failed.
+pub(super) type Faults = BTreeMap<usize, Fault>;
+
+/// A failed arming or disarming.
+#[derive(Clone, Debug)]
+pub(super) struct Fault {
+    pub(super) error: Arc<Error>,
+    /// The message that the vector had when it became live; none if that is invalid, or for a disarming.
+    pub(super) message: Option<MsiRoute>,
+}
 
 /// After so many refused pushes, arming gives up: the refusals are not about single vectors.
 const PUSHES: usize = 4;
@@ -71,13 +79,23 @@ impl Vectors {
         }
         let each: Box<[Vector]> = (0..count).map(|_| Vector::default()).collect();
         for (index, fd) in events {
-            let route = Arc::new(partition.new_route(Some(*fd))?);
+            let route = Arc::new(partition.new_device_route(Some(*fd))?);
             route.mask()?;
             if each[*index].route.set(route).is_err() {
                 return Err(Error::Invalid(format!("vector {index} has two eventfds in events; give one")));
             }
         }
         Ok(Self { partition, what, each, closed: AtomicBool::new(false) })
+    }
+
+    /// Vectors that are given their routes afterwards.
+    pub(super) fn restored(partition: Arc<Partition>, what: &'static str, count: usize) -> Self {
+        let each = (0..count).map(|_| Vector::default()).collect();
+        Self { partition, what, each, closed: AtomicBool::new(false) }
+    }
+
+    pub(super) fn give(&self, index: usize, route: IrqFdRoute) {
+        self.each[index].route.get_or_init(|| Arc::new(route));
     }
 
     pub fn partition(&self) -> &Arc<Partition> {
@@ -127,7 +145,7 @@ impl Vectors {
         let route = match route.get() {
             Some(route) => route,
             None => {
-                let new = Arc::new(self.partition.new_route(None)?);
+                let new = Arc::new(self.partition.new_device_route(None)?);
                 route.get_or_init(|| new)
             }
         };
@@ -159,6 +177,11 @@ impl Vectors {
             Some(route) if latched.swap(false, Ordering::AcqRel) => route.signal(1),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a signal waits for the vector to take a route.
+    pub(super) fn is_latched(&self, index: usize) -> bool {
+        self.each[index].latched.load(Ordering::Acquire)
     }
 
     /// Whether a signal waits for the vector to be armed. Takes no lock.
@@ -193,6 +216,7 @@ impl Vectors {
     pub(super) fn arm(&self, faults: &mut Faults, wanted: Vec<(usize, Result<MsiRoute>)>) {
         let mut steps = Vec::new();
         for (index, message) in wanted {
+            let valid = message.as_ref().ok().copied();
             let step = message.and_then(|message| {
                 let route = self.take(index)?;
                 route.check_msi(message)?;
@@ -200,7 +224,9 @@ impl Vectors {
             });
             match step {
                 Ok(step) => steps.push(step),
-                Err(error) => self.fail_to_arm(faults, index, Arc::new(error)),
+                Err(error) => {
+                    self.fail_to_arm(faults, index, Fault { error: Arc::new(error), message: valid });
+                }
             }
         }
         self.make(&steps, faults, &mut Vec::new());
@@ -208,12 +234,12 @@ impl Vectors {
 
     /// Remembers why a vector could not be armed. It may be armed with a message that the guest does not want any more:
     /// that of a live MSI vector, or one that could not be disarmed. Better silent.
-    fn fail_to_arm(&self, faults: &mut Faults, index: usize, error: Arc<Error>) {
+    fn fail_to_arm(&self, faults: &mut Faults, index: usize, fault: Fault) {
         if let Some(route) = self.route(index).filter(|route| route.armed().unwrap_or(false)) {
             // If this is refused too, the first error is the one to tell.
             let _refused = route.mask();
         }
-        faults.insert(index, error);
+        faults.insert(index, fault);
     }
 
     /// Disarms vectors. Those that the kernel refuses to disarm stay armed; the others are disarmed. The caller
@@ -248,9 +274,10 @@ impl Vectors {
         }
         if steps.len() == 1 || refused.len() >= PUSHES {
             for Step { index, message, .. } in steps {
+                let fault = Fault { error: Arc::clone(&error), message: *message };
                 match message {
-                    Some(_) => self.fail_to_arm(faults, *index, Arc::clone(&error)),
-                    None => drop(faults.insert(*index, Arc::clone(&error))),
+                    Some(_) => self.fail_to_arm(faults, *index, fault),
+                    None => drop(faults.insert(*index, fault)),
                 }
             }
             return;
@@ -274,21 +301,27 @@ impl Vectors {
         batch.commit()
     }
 
-    /// The reason why a vector that was armed is not armed any more: a failed call about another route disarmed it, and
-    /// could not arm it again.
-    pub(super) fn lost_arming(&self, index: usize) -> Option<Error> {
+    /// Whether a vector's route is broken.
+    pub(super) fn is_broken(&self, index: usize) -> bool {
+        self.route(index).is_some_and(|route| matches!(route.state(), Ok(GsiState::Broken)))
+    }
+
+    /// The fault of a vector that was armed and is not armed any more: a failed call about another route disarmed it,
+    /// and could not arm it again.
+    pub(super) fn lost_arming(&self, index: usize) -> Option<Fault> {
         let route = self.route(index)?;
-        match route.state() {
-            Ok(GsiState::Enabled) => None,
-            Ok(GsiState::Broken) => Some(Error::Broken(route.gsi())),
+        let error = match route.state() {
+            Ok(GsiState::Enabled) => return None,
+            Ok(GsiState::Broken) => Error::Broken(route.gsi()),
             Ok(_) => {
                 let waits =
                     "waiting to be re-armed after another call failed (signals wait; the next push tries again)";
                 let error = CallError::new(Operation::AssignIrqfd, waits, libc::EAGAIN);
-                Some(Failure::new(error, Some(route.gsi())).into())
+                Failure::new(error, Some(route.gsi())).into()
             }
-            Err(error) => Some(error),
-        }
+            Err(error) => error,
+        };
+        Some(Fault { error: Arc::new(error), message: route.msi().ok().flatten() })
     }
 
     /// Closes the routes. Continues past errors and reports them at the end. The caller holds the lock of the

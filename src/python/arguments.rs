@@ -163,15 +163,11 @@ pub(super) fn number(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyRes
 
 /// A caller's eventfds by vector: a mapping, or a sequence with `None` for vectors without.
 pub(super) fn events(value: &Bound<'_, PyAny>) -> PyResult<Vec<(usize, RawFd)>> {
-    let mut events = Vec::new();
     if let Ok(mapping) = value.cast::<PyMapping>() {
-        for item in mapping.items()?.try_iter()? {
-            let (vector, event): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item?.extract()?;
-            let vector = number(&vector, "events: vector", "vectors count from 0")?;
-            events.push((vector.try_into().unwrap_or(usize::MAX), descriptor(&event)?));
-        }
-        return Ok(events);
+        let vector = |key: &Bound<'_, PyAny>| number(key, "events: vector", "vectors count from 0");
+        return mapped(mapping, |key| Ok(vector(key)?.try_into().unwrap_or(usize::MAX)));
     }
+    let mut events = Vec::new();
     for (vector, event) in value.try_iter()?.enumerate() {
         let event = event?;
         if !event.is_none() {
@@ -179,4 +175,25 @@ pub(super) fn events(value: &Bound<'_, PyAny>) -> PyResult<Vec<(usize, RawFd)>> 
         }
     }
     Ok(events)
+}
+
+/// A caller's eventfds by GSI: a mapping.
+pub(super) fn events_by_gsi(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u32, RawFd)>> {
+    let mapping = value.cast::<PyMapping>().map_err(|_| {
+        let shown = value.repr().map_or_else(|_| "?".into(), |text| text.to_string());
+        PyTypeError::new_err(format!("events must be a mapping from GSIs to eventfds, not {shown}"))
+    })?;
+    let gsi = |key: &Bound<'_, PyAny>| number(key, "events: GSI", "kernels accept 0 to 4095");
+    mapped(mapping, |key| Ok(gsi(key)?.try_into().unwrap_or(u32::MAX)))
+}
+
+fn mapped<K>(
+    mapping: &Bound<'_, PyMapping>,
+    key: impl Fn(&Bound<'_, PyAny>) -> PyResult<K>,
+) -> PyResult<Vec<(K, RawFd)>> {
+    let pair = |item: PyResult<Bound<'_, PyAny>>| {
+        let (of, event): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item?.extract()?;
+        Ok((key(&of)?, descriptor(&event)?))
+    };
+    mapping.items()?.try_iter()?.map(pair).collect()
 }

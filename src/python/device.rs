@@ -12,6 +12,7 @@ use super::errors::exception_of;
 use super::objects::{
     Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, TakenRoute, Vector, Vectors,
 };
+use super::waiting::{self, Watch};
 use crate::{irqfd, pci};
 
 impl Partition {
@@ -39,7 +40,8 @@ impl DeviceRoutes {
         }
         // Not under the lock: making an object may run Python code.
         let class = CLASS.import(py, "mshv_irqfd.handles", "IrqFdRoute")?;
-        let object = class.call1((partition, TakenRoute(Arc::clone(route))))?.cast_into::<IrqFdRoute>()?;
+        let taken = TakenRoute { route: Arc::clone(route), of_device: true };
+        let object = class.call1((partition, taken))?.cast_into::<IrqFdRoute>()?;
         // Another thread may have been first.
         Ok(lock().entry(index).or_insert_with(|| object.clone().unbind()).bind(py).clone())
     }
@@ -71,6 +73,11 @@ impl Device {
     }
 }
 
+/// Faults for Python.
+fn listed<'py>(py: Python<'py>, faults: &[(usize, Arc<irqfd::Error>)]) -> PyResult<Bound<'py, PyList>> {
+    PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
+}
+
 #[pymethods]
 impl Device {
     /// The partition that gets the interrupts.
@@ -97,11 +104,25 @@ impl Device {
     ///
     /// Returns:
     ///     Pairs of a vector's number and an exception: the one that the same call on a route would have raised. A
-    ///     vector is among them until it is next unmasked with success, or the device is reset. A vector that another
-    ///     route's failed call left disarmed is among them (EAGAIN) until a push has armed it again.
+    ///     vector is among them until it is next unmasked with success, `retry_faults()` succeeds for it, or the device
+    ///     is reset. A vector that another route's failed call left disarmed is among them (EAGAIN) until a push has
+    ///     armed it again.
     fn faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let faults = py.detach(|| self.core.faults())?;
-        PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
+        listed(py, &faults)
+    }
+
+    /// Tries again to arm and disarm the vectors in `faults()`, with one push at most.
+    ///
+    /// For a device model that can remove the cause: it creates the missing VP, or frees GSIs or memory. The guest
+    /// writes nothing for this. A vector is armed with the message that its entry had when it was unmasked, and sends
+    /// what is pending. One whose message is invalid stays as it is until the guest unmasks it with a valid one.
+    ///
+    /// Returns:
+    ///     The vectors that failed again, as `faults()` does.
+    fn retry_faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let faults = py.detach(|| self.core.retry())?;
+        listed(py, &faults)
     }
 
     /// Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
@@ -248,6 +269,23 @@ impl Vector {
     #[getter]
     fn pending(&self) -> PyResult<bool> {
         Ok(self.vectors().pending(self.index)?)
+    }
+
+    /// Waits in asyncio until a signal is pending, and leaves it pending: see `IrqFdRoute.wait_pending()`.
+    ///
+    /// Takes the vector's route if it has none and must wait, as `event` does.
+    ///
+    /// Raises:
+    ///     ClosedError: the device is closed, or it was closed while the task waited.
+    ///     GsiExhaustedError, IrqFdError: the vector has no route, and none can be made; or the process has too many
+    ///         open files (EMFILE). A waiting task needs two.
+    fn wait_pending<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        waiting::pending(slf)
+    }
+
+    /// Begins a watch, for `mshv_irqfd._waiting`.
+    fn _watch(&self, py: Python<'_>) -> PyResult<Watch> {
+        Ok(Watch::new(py.detach(|| self.device.get().core.take_route(self.index)?.watch())?))
     }
 
     /// Takes the pending signals, so that unmasking sends no message for them.

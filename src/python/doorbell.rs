@@ -9,6 +9,7 @@ use pyo3::types::PyType;
 
 use super::arguments;
 use super::objects::{IoEventFd, Partition};
+use super::waiting::{self, Watch};
 
 impl IoEventFd {
     pub(super) fn signal_times(&self, py: Python<'_>, n: u64) -> PyResult<()> {
@@ -99,6 +100,33 @@ impl IoEventFd {
     ///     ClosedError: the doorbell is closed.
     fn consume(&self) -> PyResult<u64> {
         Ok(self.doorbell.consume()?)
+    }
+
+    /// Waits in asyncio for the guest to ring, and takes the rings.
+    ///
+    /// Any number of tasks may wait; one of them gets the rings, the others wait on. A task that is cancelled takes
+    /// none. Other tasks run before this returns, even if it need not wait: a guest that rings without pause starves
+    /// none of them.
+    ///
+    /// Returns:
+    ///     Their number, at least 1.
+    ///
+    /// Raises:
+    ///     ClosedError: the doorbell is closed, or it was closed while the task waited.
+    ///     IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+    fn wait<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        waiting::signals(slf)
+    }
+
+    /// Yields the numbers of rings, as `wait()` returns them. Ends when the doorbell is closed.
+    fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().doorbell.fileno()?;
+        waiting::iterator(slf)
+    }
+
+    /// Begins a watch, for `mshv_irqfd._waiting`.
+    fn _watch(&self, py: Python<'_>) -> PyResult<Watch> {
+        Ok(Watch::new(py.detach(|| self.doorbell.watch())?))
     }
 
     /// Takes the doorbell away from the guest and closes its descriptor. Closing twice is fine.

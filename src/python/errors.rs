@@ -48,7 +48,10 @@ impl From<Error> for PyErr {
 /// The exception for an error, of which the core may keep a record.
 pub(super) fn exception_of(error: &Error) -> PyErr {
     let text = error.to_string();
+    let error = if let Error::At { error, .. } = error { error } else { error };
     match error {
+        // A part of a state has no parts that are named.
+        Error::At { .. } => PyValueError::new_err(text),
         Error::Closed(_) => ClosedError::new_err(text),
         Error::Forked => ForkedError::new_err(text),
         Error::Exhausted(_) => GsiExhaustedError::new_err(text),

@@ -11,6 +11,7 @@ use pyo3::types::PyType;
 use super::arguments;
 use super::errors::{ClosedError, bad_integer};
 use super::objects::{IoEventFd, IrqFdRoute};
+use super::waiting::{self, Watch};
 use crate::hypervisor::event;
 use crate::hypervisor::owner::Owner;
 use crate::hypervisor::{CallError, Operation};
@@ -19,8 +20,10 @@ use crate::irqfd::{Error, Failure};
 /// An eventfd: a counter that one side adds to and the other empties.
 ///
 /// `EventFd()` makes a new one, non-blocking and close-on-exec. `EventFd.from_fd()` duplicates a caller's, and
-/// `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's. It has `fileno()`, so it works
-/// with `selectors` and asyncio.
+/// `IrqFdRoute.event` and `IoEventFd.event` are views of a route's and a doorbell's.
+///
+/// To wait for signals in asyncio, use `await event.wait()` or `async for count in event`. In other event loops use
+/// `fileno()`, with `selectors` for instance.
 ///
 /// Threads may share it. It works in a forked child, on the same counter as in the parent.
 ///
@@ -155,12 +158,50 @@ impl EventFd {
         }
     }
 
+    /// Waits in asyncio for signals, and takes them.
+    ///
+    /// Any number of tasks may wait; one of them gets the signals, the others wait on. A task that is cancelled takes
+    /// none. Other tasks run before this returns, even if it need not wait, so that signals without pause starve none.
+    /// A view of a route waits until the route is not armed and a signal is pending.
+    ///
+    /// Returns:
+    ///     Their number, at least 1.
+    ///
+    /// Raises:
+    ///     ClosedError: it is closed, or it was closed while the task waited.
+    ///     IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+    fn wait<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        waiting::signals(slf)
+    }
+
+    /// Yields the numbers of signals, as `wait()` returns them. Ends when the eventfd is closed.
+    fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().check()?;
+        waiting::iterator(slf)
+    }
+
+    /// Begins a watch, for `mshv_irqfd._waiting`.
+    fn _watch(&self, py: Python<'_>) -> PyResult<Watch> {
+        self.check()?;
+        let watch = py.detach(|| match &self.source {
+            Source::Own(event) => event.watch().map_err(|error| match self.check() {
+                Ok(()) => failed("fcntl (F_DUPFD_CLOEXEC)", &error).into(),
+                Err(closed) => closed,
+            }),
+            Source::View(route) => Ok(route.get().route.watch()?),
+            Source::Doorbell(doorbell) => Ok(doorbell.get().doorbell.watch()?),
+        })?;
+        Ok(Watch::new(watch))
+    }
+
     /// Closes the descriptor. Closing twice is fine. A view leaves the descriptor of its route or doorbell open.
-    fn close(&self) {
+    fn close(&self, py: Python<'_>) {
         self.closed.store(true, Ordering::Release);
-        if let Source::Own(event) = &self.source {
-            event.close();
-        }
+        py.detach(|| match &self.source {
+            Source::Own(event) => event.close(),
+            Source::View(route) => route.get().route.wake_waiters(),
+            Source::Doorbell(doorbell) => doorbell.get().doorbell.wake_waiters(),
+        });
     }
 
     /// Whether it is closed.
@@ -184,8 +225,8 @@ impl EventFd {
     }
 
     /// For finalizers: closes.
-    fn _abandon(&self) {
-        self.close();
+    fn _abandon(&self, py: Python<'_>) {
+        self.close(py);
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -193,8 +234,8 @@ impl EventFd {
     }
 
     #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, _exception: &Bound<'_, PyAny>) {
-        self.close();
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) {
+        self.close(py);
     }
 
     fn __repr__(&self) -> String {

@@ -15,4 +15,6 @@ pub(crate) mod objects;
 mod partition;
 pub(crate) mod probe;
 mod route;
+mod saved;
 mod values;
+pub(crate) mod waiting;

@@ -21,13 +21,15 @@ pub(crate) struct Partition {
     pub(super) core: Arc<irqfd::Partition>,
     /// The Python objects of the routes, by GSI counted from the first.
     pub(super) routes: Mutex<Vec<Option<Py<PyWeakrefReference>>>>,
+    /// The Python objects of the doorbells.
+    pub(super) doorbells: Mutex<Vec<Py<PyWeakrefReference>>>,
     /// The vectors of devices, which have routes of the partition.
     pub(super) devices: Mutex<Vec<Weak<DeviceRoutes>>>,
 }
 
 impl Partition {
     pub(super) fn new(core: Arc<irqfd::Partition>) -> Self {
-        Self { core, routes: Mutex::default(), devices: Mutex::default() }
+        Self { core, routes: Mutex::default(), doorbells: Mutex::default(), devices: Mutex::default() }
     }
 }
 
@@ -59,17 +61,21 @@ pub(crate) struct IrqFdRoute {
     pub(super) of_device: bool,
 }
 
-/// A route of a device's vector, on its way into an `IrqFdRoute`.
+/// A route that exists already, on its way into an `IrqFdRoute`.
 #[pyclass(frozen)]
-pub(super) struct TakenRoute(pub(super) Arc<irqfd::IrqFdRoute>);
+pub(super) struct TakenRoute {
+    pub(super) route: Arc<irqfd::IrqFdRoute>,
+    pub(super) of_device: bool,
+}
 
 /// A doorbell: the guest's writes to one address signal an eventfd, with no trip through user space.
 ///
-/// `Partition.ioeventfd()` makes a doorbell. The eventfd is readable once the guest has rung, so `fileno()` works with
-/// `selectors` and asyncio, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+/// `Partition.ioeventfd()` makes a doorbell. To wait for rings in asyncio, use `await doorbell.wait()` or
+/// `async for count in doorbell`. The eventfd is readable once the guest has rung, so `fileno()` works with
+/// `selectors`, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
 ///
-/// Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()` and `fileno()`
-/// work, on the same counter as in the parent; `close()` raises `ForkedError`.
+/// Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()`, `wait()` and
+/// `fileno()` work, on the same counter as in the parent; `close()` raises `ForkedError`.
 ///
 /// Raises:
 ///     ClosedError: the doorbell is closed. `signal()`, `consume()`, `fileno()` and `event` raise this.
@@ -190,6 +196,10 @@ pub(crate) struct Device {
 #[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
 pub(crate) struct MsixTable(pub(super) Arc<pci::MsixTable>);
 
+/// A restored table, on its way into an `MsixTable`.
+#[pyclass(frozen)]
+pub(super) struct RestoredTable(pub(super) Arc<pci::MsixTable>);
+
 /// A device's MSI capability: the registers of its guest driver, and a route for each vector that is used.
 ///
 /// It has 64-bit addresses and a mask bit for each vector (PCI Local Bus 3.0 section 6.8.1, PCI Express 5.0 section
@@ -223,6 +233,10 @@ pub(crate) struct MsixTable(pub(super) Arc<pci::MsixTable>);
 ///     >>> partition.close()
 #[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
 pub(crate) struct MsiCapability(pub(super) Arc<pci::MsiCapability>);
+
+/// A restored capability, on its way into an `MsiCapability`.
+#[pyclass(frozen)]
+pub(super) struct RestoredCapability(pub(super) Arc<pci::MsiCapability>);
 
 /// The vectors of a device, by number.
 #[pyclass(frozen, sequence, module = "mshv_irqfd._core")]

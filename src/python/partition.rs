@@ -1,20 +1,39 @@
 //! `Partition` in Python.
 
-use std::os::fd::RawFd;
+use std::os::fd::{IntoRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
-use pyo3::types::{PyList, PyRange, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::types::{PyDict, PyList, PyRange, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
 
 use super::errors::bad_integer;
-use super::objects::{Batch, IrqFdRoute, Partition};
-use super::{arguments, msi, values};
+use super::objects::{Batch, IoEventFd, IrqFdRoute, Partition, TakenRoute};
+use super::{arguments, msi, saved, values};
+use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{Backend, Operation, UnknownBackend};
 use crate::irqfd::{self, AdoptOptions, Options};
+
+impl Partition {
+    /// Lists a route's object among the partition's.
+    fn list(&self, object: &Bound<'_, PyAny>) -> PyResult<()> {
+        let route = object.cast::<IrqFdRoute>()?.get();
+        let index = (route.route.gsi() - self.core.config().gsis.start) as usize;
+        let reference = PyWeakrefReference::new(object)?.unbind();
+        let mut routes = self.routes.lock_py_attached(object.py()).unwrap_or_else(PoisonError::into_inner);
+        if routes.is_empty() {
+            routes.resize_with(self.core.config().gsis.len(), || None);
+        }
+        let before = routes[index].replace(reference);
+        // Dropping an object may run Python code, which might need the lock.
+        drop(routes);
+        drop(before);
+        Ok(())
+    }
+}
 
 /// The longest wait between two checks for Ctrl-C.
 const SLICE: Duration = Duration::from_millis(20);
@@ -143,17 +162,7 @@ impl Partition {
             None => class.call1((slf,)),
             Some(event) => class.call1((slf, event)),
         }?;
-        let route = object.cast::<IrqFdRoute>()?.get();
-        let index = (route.route.gsi() - slf.get().core.config().gsis.start) as usize;
-        let reference = PyWeakrefReference::new(&object)?.unbind();
-        let mut routes = slf.get().routes.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
-        if routes.is_empty() {
-            routes.resize_with(slf.get().core.config().gsis.len(), || None);
-        }
-        let before = routes[index].replace(reference);
-        // Dropping an object may run Python code, which might need the lock.
-        drop(routes);
-        drop(before);
+        slf.get().list(&object)?;
         Ok(object)
     }
 
@@ -218,7 +227,96 @@ impl Partition {
     ) -> PyResult<Bound<'py, PyAny>> {
         static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         let class = CLASS.import(slf.py(), "mshv_irqfd.handles", "IoEventFd")?;
-        class.call1((slf, address, length, datamatch, event, port))
+        let object = class.call1((slf, address, length, datamatch, event, port))?;
+        let reference = PyWeakrefReference::new(&object)?.unbind();
+        let mut doorbells = slf.get().doorbells.lock_py_attached(slf.py()).unwrap_or_else(PoisonError::into_inner);
+        let all = std::mem::take(&mut *doorbells);
+        let (mut kept, gone): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|other| other.bind(slf.py()).upgrade().is_some());
+        kept.push(reference);
+        *doorbells = kept;
+        drop(doorbells);
+        drop(gone);
+        Ok(object)
+    }
+
+    /// The open doorbells, in a list ordered by address; those on I/O ports come last.
+    #[getter]
+    fn ioeventfds<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        self.core.check_open()?;
+        let all: Vec<_> = {
+            let doorbells = self.doorbells.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+            doorbells.iter().filter_map(|doorbell| doorbell.bind(py).upgrade()).collect()
+        };
+        let mut open: Vec<Bound<'_, IoEventFd>> =
+            all.into_iter().filter_map(|doorbell| doorbell.cast_into().ok()).collect();
+        open.retain(|doorbell| !doorbell.get().doorbell.is_closed());
+        open.sort_by_key(|doorbell| {
+            let Trigger { address, length, datamatch, port } = doorbell.get().doorbell.trigger();
+            (port, address, length, datamatch)
+        });
+        PyList::new(py, open)
+    }
+
+    /// Saves the state of the routes, for a snapshot or a migration.
+    ///
+    /// The routes of devices are not in it: `MsixTable.save()` and `MsiCapability.save()` have those of theirs. Nor is
+    /// any descriptor, nor a VP. `docs/saved-state.md` describes the state, key by key.
+    ///
+    /// Takes nothing away, and changes no route. Each armed route is disarmed for the moment in which its eventfd is
+    /// looked at, so that every signal so far is either in a VP's local APIC or pending in the state: stop the VPs
+    /// first, and save their state afterwards. Arming the route again raises the interrupt for the signals since then.
+    ///
+    /// Returns:
+    ///     A dict of values that JSON has.
+    ///
+    /// Raises:
+    ///     RouteBrokenError: a route is broken. Close it.
+    ///     IrqFdError: the kernel refused to disarm a route, or to arm it again.
+    fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let state = py.detach(|| self.core.save())?;
+        saved::to_dict(py, &state)
+    }
+
+    /// Makes the routes of a saved state, with their GSIs, masks, MSIs and pending signals, or changes nothing.
+    ///
+    /// Makes one push at most. A pending signal is delivered once: now if the route is armed, or when it is. Restore
+    /// all states before making other routes, which could take their GSIs. The state may come from another backend.
+    ///
+    /// Args:
+    ///     state: the dict that `save()` returned, as it was or from JSON.
+    ///     events: the caller's eventfds, in a mapping from GSIs, each an int or an object with `fileno()`. The routes
+    ///         duplicate them, and deliver what is pending in them. By default each route makes a new eventfd.
+    ///     ring_doorbells: whether to ring every open doorbell of the partition once, after that. No state has the
+    ///         rings that were in flight, so a device should look at each of its queues when it resumes.
+    ///
+    /// Returns:
+    ///     The routes by GSI, in a dict ordered by GSI.
+    ///
+    /// Raises:
+    ///     ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+    ///         `gsis`. The message names the key and the rule.
+    ///     MissingVpError: no VP has the destination of a route that is to be armed.
+    ///     RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+    #[pyo3(signature = (state, *, events=None, ring_doorbells=false))]
+    fn restore<'py>(
+        slf: &Bound<'py, Self>,
+        state: &Bound<'py, PyAny>,
+        events: Option<&Bound<'py, PyAny>>,
+        ring_doorbells: bool,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (py, this) = (slf.py(), slf.get());
+        let state = saved::from_dict(state)?;
+        let events = events.map_or(Ok(Vec::new()), arguments::events_by_gsi)?;
+        let restored = py.detach(|| this.core.restore(&state, &events, ring_doorbells))?;
+        let class = py.import("mshv_irqfd.handles")?.getattr("IrqFdRoute")?;
+        let routes = PyDict::new(py);
+        for (gsi, route) in restored {
+            let object = class.call1((slf, TakenRoute { route: Arc::new(route), of_device: false }))?;
+            this.list(&object)?;
+            routes.set_item(gsi, object)?;
+        }
+        Ok(routes)
     }
 
     /// Creates the VP with this index, which is also its APIC id.
@@ -294,9 +392,34 @@ impl Partition {
         }
     }
 
+    /// For a program that runs a guest: a new descriptor of a vCPU of KVM. The caller closes it.
+    fn _lend_vcpu(&self, py: Python<'_>, index: u8) -> PyResult<RawFd> {
+        Ok(py.detach(|| self.core.lend_vcpu(index))?.into_raw_fd())
+    }
+
+    /// For a program that ran a guest: nobody runs the lent vCPUs any more.
+    fn _take_vcpus_back(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.core.take_vcpus_back())?)
+    }
+
+    /// The interrupts that nobody has taken, each with its number. Waits a little for one numbered `known`.
+    fn _arrived_interrupts<'py>(&self, py: Python<'py>, timeout: f64, known: u64) -> PyResult<Bound<'py, PyList>> {
+        let wait = arguments::timeout(timeout)?.min(SLICE);
+        let arrived = py.detach(|| self.core.arrived_interrupts(wait, known))?;
+        let list: PyResult<Vec<_>> = arrived
+            .into_iter()
+            .map(|(number, interrupt)| Ok((number, values::interrupt(py, interrupt)?)))
+            .collect();
+        PyList::new(py, list?)
+    }
+
+    /// Takes the interrupts with these numbers, unless somebody has taken one of them.
+    fn _claim_interrupts(&self, py: Python<'_>, numbers: Vec<u64>) -> PyResult<bool> {
+        Ok(py.detach(|| self.core.claim_interrupts(&numbers))?)
+    }
+
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.core.simulated().map(|driver| driver.settle()))?;
-        Ok(())
+        Ok(py.detach(|| self.core.settle())?)
     }
 
     fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Vec<u8>) -> PyResult<bool> {
@@ -305,20 +428,7 @@ impl Partition {
     }
 
     fn _fail(&self, py: Python<'_>, call: &str, errno: i32, after: u32, times: u32) -> PyResult<()> {
-        let operation = match call {
-            "set_msi_routing" => Operation::SetMsiRouting,
-            "assign_irqfd" => Operation::AssignIrqfd,
-            "deassign_irqfd" => Operation::DeassignIrqfd,
-            "assign_ioeventfd" => Operation::AssignIoEventFd,
-            "deassign_ioeventfd" => Operation::DeassignIoEventFd,
-            "signal_msi" => Operation::SignalMsi,
-            _ => {
-                return Err(PyValueError::new_err(format!(
-                    "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
-                     \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
-                )));
-            }
-        };
+        let operation = operation(call)?;
         if !(1..4096).contains(&errno) {
             return Err(PyValueError::new_err(format!(
                 "errno {errno} is not an error number; give one from the errno module"
@@ -326,6 +436,12 @@ impl Partition {
         }
         let fail = || self.core.simulated().map(|driver| driver.fail(operation, errno, after, times));
         Ok(py.detach(fail)?)
+    }
+
+    /// Forgets the faults of a kind. Returns the number of calls that were still to fail.
+    fn _clear_faults(&self, py: Python<'_>, call: &str) -> PyResult<u32> {
+        let operation = operation(call)?;
+        Ok(py.detach(|| self.core.simulated().map(|driver| driver.clear_faults(operation)))?)
     }
 
     /// Whether a finalizer should warn. Always false in a forked child.
@@ -360,4 +476,22 @@ impl Partition {
         let quiesce = if core.config().quiesce { " quiesced" } else { "" };
         Ok(format!("<{name} backend={backend}{state} gsis={}-{}{quiesce}>", gsis.start, gsis.end - 1))
     }
+}
+
+/// The call of the simulated kernel that a caller names.
+fn operation(call: &str) -> PyResult<Operation> {
+    Ok(match call {
+        "set_msi_routing" => Operation::SetMsiRouting,
+        "assign_irqfd" => Operation::AssignIrqfd,
+        "deassign_irqfd" => Operation::DeassignIrqfd,
+        "assign_ioeventfd" => Operation::AssignIoEventFd,
+        "deassign_ioeventfd" => Operation::DeassignIoEventFd,
+        "signal_msi" => Operation::SignalMsi,
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "call {call:?} is unknown; give \"set_msi_routing\", \"assign_irqfd\", \"deassign_irqfd\", \
+                 \"assign_ioeventfd\", \"deassign_ioeventfd\" or \"signal_msi\""
+            )));
+        }
+    })
 }

@@ -9,6 +9,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
 use super::objects::{IrqFdRoute, Partition, TakenRoute};
+use super::waiting::{self, Watch};
 use super::{arguments, msi, values};
 use crate::irqfd;
 
@@ -23,13 +24,14 @@ impl IrqFdRoute {
 
 #[pymethods]
 impl IrqFdRoute {
-    /// `event` may also be the route of a vector, which this makes an object for.
+    /// `event` may also be a route that exists already, which this makes an object for.
     #[new]
     #[pyo3(signature = (partition, event=None))]
     fn new(py: Python<'_>, partition: &Bound<'_, Partition>, event: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         if let Some(taken) = event.and_then(|event| event.cast::<TakenRoute>().ok()) {
-            let route = Arc::clone(&taken.get().0);
-            return Ok(Self { route, partition: partition.clone().unbind(), of_device: true });
+            let TakenRoute { route, of_device } = taken.get();
+            let partition = partition.clone().unbind();
+            return Ok(Self { route: Arc::clone(route), partition, of_device: *of_device });
         }
         let core = &partition.get().core;
         let route = match event.map(|event| event.extract::<RawFd>()).transpose()? {
@@ -170,6 +172,24 @@ impl IrqFdRoute {
     #[getter]
     fn pending(&self) -> PyResult<bool> {
         Ok(self.route.pending()?)
+    }
+
+    /// Waits in asyncio until a signal is pending, and leaves it pending.
+    ///
+    /// Takes nothing, because whether the guest still gets the interrupt is another decision: `unmask()` raises it,
+    /// `consume_pending()` drops it. So every task that waits is told. While the route is armed nothing is pending, and
+    /// this waits on. Other tasks run before this returns, even if it need not wait.
+    ///
+    /// Raises:
+    ///     ClosedError: the route is closed, or it was closed while the task waited.
+    ///     IrqFdError: the process has too many open files (EMFILE). A waiting task needs two.
+    fn wait_pending<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        waiting::pending(slf)
+    }
+
+    /// Begins a watch, for `mshv_irqfd._waiting`.
+    fn _watch(&self, py: Python<'_>) -> PyResult<Watch> {
+        Ok(Watch::new(py.detach(|| self.route.watch())?))
     }
 
     /// Takes the pending signals, so that arming raises no interrupt for them.

@@ -289,20 +289,20 @@ def test_on_kvm_writes_to_a_port_ring(kvm: KvmGuest, length: int) -> None:
         assert repr(doorbell).startswith("<IoEventFd port 0x510, ")
         assert doorbell.port
         for size in (1, 2, 4):
-            taken = kvm.code.write_port(0x510, value(5, size))
+            taken = kvm.running().write(0x510, value(5, size), port=True)
             assert (taken, doorbell.consume()) == ((True, 1) if length in (0, size) else (False, 0))
-        assert not kvm.code.write_port(0x514, value(5))
+        assert not kvm.running().write(0x514, value(5), port=True)
         # The same number as a memory address is another address.
         with kvm.partition.ioeventfd(0x510, length) as other:
-            assert kvm.code.write_port(0x510, value(5, length or 2))
+            assert kvm.running().write(0x510, value(5, length or 2), port=True)
             assert (doorbell.consume(), other.consume()) == (1, 0)
-    assert not kvm.code.write_port(0x510, value(5, length or 2))
+    assert not kvm.running().write(0x510, value(5, length or 2), port=True)
 
 
 def test_on_kvm_a_port_rings_at_its_value(kvm: KvmGuest) -> None:
     with kvm.partition.ioeventfd(0x510, 2, datamatch=0x1234, port=True) as doorbell:
-        assert kvm.code.write_port(0x510, value(0x1234, 2))
-        assert not kvm.code.write_port(0x510, value(0x1235, 2))
+        assert kvm.running().write(0x510, value(0x1234, 2), port=True)
+        assert not kvm.running().write(0x510, value(0x1235, 2), port=True)
         assert doorbell.consume() == 1
 
 

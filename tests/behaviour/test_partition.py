@@ -285,6 +285,7 @@ def test_taking_interrupts_returns_after_the_timeout(backend: Backend, guest: Gu
     partition = guest.partition
     if not isinstance(partition, SimulatedPartition | KvmPartition):
         pytest.skip(f"{backend.name} does not report interrupts")
+    guest.stop()
     assert partition.take_interrupts(timeout=0.01) == []
 
 

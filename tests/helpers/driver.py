@@ -28,6 +28,13 @@ class Driver:
         self.guest = guest
         self.table = MsixTable(guest.partition, vectors, **options)
 
+    @classmethod
+    def of(cls, guest: Guest, table: MsixTable) -> Self:
+        """The driver of a device that is there already."""
+        driver = cls.__new__(cls)
+        driver.guest, driver.table = guest, table
+        return driver
+
     def __enter__(self) -> Self:
         return self
 

@@ -122,3 +122,8 @@ class Model:
     def reset(self) -> None:
         self.control = 0
         self.vectors = [Vector(has_route=vector.has_route) for vector in self.vectors]
+
+    def restore(self) -> None:
+        """Saves and restores the device: only a vector that may send can have a fault then."""
+        for vector in self.vectors:
+            vector.faulty = vector.faulty and self.live(vector)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import hvstub
 import pytest
-from backends import Guest, MshvGuest, _interrupt
+from backends import Guest, MshvGuest
 from mshv_irqfd import DeliveryMode, Interrupt, IrqFdRoute, MsiRoute
 from support import counting, msi
 
@@ -193,7 +193,8 @@ class Storm:
 
     def seen(self, message: MsiRoute) -> Interrupt:
         """The interrupt of a message, as the guest shows it."""
-        return _interrupt(message) if self.guest.counted else Interrupt(message.vector)
+        (interrupt,) = self.guest.seen(message)
+        return interrupt
 
     def arrived(self) -> Counter[Interrupt]:
         """Takes the interrupts, everything being at rest."""

@@ -297,6 +297,43 @@ def test_a_destination_without_a_vp_is_a_fault_until_the_vp_is_there(guest: Gues
         guest.receives(msi(0x41, 3))
 
 
+def test_a_retry_arms_a_vector_once_its_cause_is_gone(guest: Guest) -> None:
+    with Driver(guest, 3) as driver:
+        driver.bring_up(msi(0x41, 3), msi(0x42), msi(0x43, 3))
+        driver[0].signal()
+        before = guest.partition.stats()
+        assert [vector for vector, _ in driver.table.retry_faults()] == [0, 2]
+        assert guest.partition.stats() == before
+        guest.partition.create_vp(3)
+        # Not complete: the guest has not unmasked it with this.
+        driver.write(0, DATA, 0x55)
+        with counting(guest.partition) as made:
+            assert driver.table.retry_faults() == []
+        assert made.stats.pushes <= 1
+        assert (driver.armed(), driver.faulty()) == ({0, 1, 2}, set())
+        guest.receives(msi(0x41, 3))
+        driver[2].signal()
+        guest.receives(msi(0x43, 3))
+        with counting(guest.partition) as made:
+            assert driver.table.retry_faults() == []
+        assert (made.stats.pushes, made.stats.arms, made.stats.disarms) == (0, 0, 0)
+
+
+def test_a_retry_leaves_a_vector_with_an_invalid_message_to_the_guest(guest: Guest) -> None:
+    with Driver(guest, 2) as driver:
+        driver.bring_up(msi(0x41))
+        driver.mask(0)
+        driver.write(0, DATA, 0)
+        driver.unmask(0)
+        driver.write(0, DATA, 0x41)
+        [(vector, error)] = driver.table.retry_faults()
+        assert (vector, type(error)) == (0, ValueError)
+        assert driver.armed() == set()
+        driver.mask(0)
+        assert driver.faulty() == {0}
+        assert driver.table.retry_faults() == []
+
+
 def test_vectors_beyond_the_last_gsi_are_faults_and_the_others_work(open_guest: Open) -> None:
     guest = open_guest(gsis=range(24, 27))
     with Driver(guest, 5) as driver:

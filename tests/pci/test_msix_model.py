@@ -15,8 +15,10 @@ from driver import ENTRY, Driver
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from mshv_irqfd import MsixTable
 from msix_model import Model
 from needs import need
+from states import carried
 from support import counting
 
 VPS = 2
@@ -147,6 +149,17 @@ class Machine(RuleBasedStateMachine):
     def reset(self) -> None:
         self.driver.table.reset()
         self.model.reset()
+
+    @rule()
+    def save_and_restore(self) -> None:
+        state = carried(self.driver.table.save())
+        self.driver.table.close()
+        with counting(self.guest.partition) as made:
+            table = MsixTable.restore(self.guest.partition, state)
+        assert made.stats.pushes <= 1
+        self.driver = Driver.of(self.guest, table)
+        assert table.save() == state
+        self.model.restore()
 
     @rule(offset=st.integers(-20, 66 * ENTRY) | st.integers(), size=st.integers(0, 9) | st.sampled_from([16, 2**70]))
     def read_anything(self, offset: int, size: int) -> None:

@@ -21,6 +21,7 @@ from mshv_irqfd._cli import bench
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.package import Package
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
+from needs import need
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -300,7 +301,10 @@ def test_a_cell_that_is_slow_only_at_first_is_not_left_out(monkeypatch: pytest.M
 def test_every_scenario_measures_on_a_small_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenarios, "PARTITIONS", 2)
     monkeypatch.setattr(scenarios, "ROUTES", 8)
-    found = scenarios.ALL[name]("simulated", 0.01)
+    backend = "kvm" if name == "handler" else "simulated"
+    if backend == "kvm":
+        need("kvm")
+    found = scenarios.ALL[name](backend, 0.01)
     assert found
     assert len({scenario["what"] for scenario in found}) == len(found)
     for scenario in found:

@@ -102,6 +102,7 @@ class Setting:
         # A fault that is left strikes here.
         with suppress(IrqFdError):
             self.partition.close()
+        self.guest.stop()
 
 
 @pytest.fixture

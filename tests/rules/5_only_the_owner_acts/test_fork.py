@@ -181,6 +181,7 @@ def test_finalizers_in_a_child_close_descriptors_and_do_nothing_else(backend: Ba
     else:
         held += routes
     guest = backend.guest(partition)
+    guest.stop()
     box: dict[str, object] = {"guest": guest}
     del partition, routes, route, guest
 

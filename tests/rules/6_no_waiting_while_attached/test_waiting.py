@@ -6,17 +6,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+from driver import DATA, ENTRY, Driver
 from modes import in_both_modes
 from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
 from support import PATIENCE, msi, refusal, still_works
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from backends import Backend, Guest
+    from mshv_irqfd import MsixTable
 
 
 @pytest.fixture
@@ -97,6 +100,45 @@ def test_the_interpreter_runs_on_while_a_call_waits_for_the_kernel_or_a_lock(
         route.close()
 
 
+LONG_OF_A_TABLE: dict[str, Callable[[MsixTable, int], object]] = {
+    "read_table": lambda table, _: table.read_table(0, 4),
+    "write_table": lambda table, turn: table.write_table(ENTRY + DATA, bytes([turn % 2, 0, 0, 0])),
+    "message_control": lambda table, _: table.message_control,
+    "write_message_control": lambda table, _: table.write_message_control(0, b"\0"),
+    "capability": lambda table, _: table.capability(table_bar=0, table_offset=0, pba_bar=1, pba_offset=0),
+    "faults": lambda table, _: table.faults(),
+    "retry_faults": lambda table, _: table.retry_faults(),
+    "masked": lambda table, _: table.vectors[0].masked,
+    "event": lambda table, _: table.vectors[1].event,
+    "reset": lambda table, _: table.reset(),
+}
+
+
+@pytest.mark.parametrize("operation", LONG_OF_A_TABLE.values(), ids=LONG_OF_A_TABLE)
+@pytest.mark.usefixtures("unforced")
+def test_the_interpreter_runs_on_while_a_call_waits_for_the_registers_of_a_table(
+    guest: Guest, operation: Callable[[MsixTable, int], object]
+) -> None:
+    stop = threading.Event()
+    with Driver(guest, 64) as driver:
+
+        def enable() -> None:
+            turn = 0
+            while not stop.is_set():
+                turn += 1
+                driver.bring_up(*(msi(0x41 + turn % 2) for _ in range(64)))
+                driver.control(0)
+                time.sleep(0)
+
+        enabler = threading.Thread(target=enable)
+        enabler.start()
+        try:
+            assert runs_meanwhile(lambda turn: operation(driver.table, turn))
+        finally:
+            stop.set()
+            enabler.join()
+
+
 @in_both_modes
 @pytest.mark.usefixtures("unforced")
 def test_the_interpreter_runs_on_while_a_batch_is_committed(guest: Guest) -> None:
@@ -118,36 +160,53 @@ def test_the_interpreter_runs_on_while_a_partition_is_opened_and_closed(backend:
     assert runs_meanwhile(lambda _: backend.open().close())
 
 
-def observable(partition: Partition) -> SimulatedPartition | KvmPartition:
-    if not isinstance(partition, SimulatedPartition | KvmPartition):
-        pytest.skip(f"{partition.backend} does not report interrupts")
-    return partition
+def observable(guest: Guest) -> SimulatedPartition | KvmPartition:
+    """The partition of a guest that takes no interrupts itself."""
+    if not isinstance(guest.partition, SimulatedPartition | KvmPartition):
+        pytest.skip(f"{guest.partition.backend} does not report interrupts")
+    guest.stop()
+    return guest.partition
 
 
+def taken(partition: SimulatedPartition | KvmPartition, timeout: float) -> list[Interrupt]:
+    return partition.take_interrupts(timeout)
+
+
+def expected(partition: SimulatedPartition | KvmPartition, timeout: float) -> list[Interrupt]:
+    return partition.wait_interrupts(0x41, timeout=timeout)
+
+
+Wait = Callable[[SimulatedPartition | KvmPartition, float], list[Interrupt]]
+by_each_wait = pytest.mark.parametrize("wait", [pytest.param(taken, id=pytest.HIDDEN_PARAM), expected])
+"""Runs a test with each wait for interrupts."""
+
+
+@by_each_wait
 @pytest.mark.usefixtures("unforced")
-def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest) -> None:
-    partition, taken = observable(guest.partition), list[Interrupt]()
+def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest, wait: Wait) -> None:
+    partition, found = observable(guest), list[Interrupt]()
     with partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
-        waiter = threading.Thread(target=lambda: taken.extend(partition.take_interrupts(timeout=PATIENCE)))
+        waiter = threading.Thread(target=lambda: found.extend(wait(partition, PATIENCE)))
         waiter.start()
         route.signal()
         waiter.join()
-    assert [interrupt.vector for interrupt in taken] == [0x41]
+    assert [interrupt.vector for interrupt in found] == [0x41]
 
 
-def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> None:
-    partition, ended = observable(guest.partition), list[str]()
+@by_each_wait
+def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest, wait: Wait) -> None:
+    partition, ended = observable(guest), list[str]()
     began = threading.Event()
 
-    def wait() -> None:
+    def run() -> None:
         began.set()
         try:
-            partition.take_interrupts(timeout=10 * PATIENCE)
+            wait(partition, 10 * PATIENCE)
         except ClosedError:
             ended.append("closed")
 
-    waiter = threading.Thread(target=wait)
+    waiter = threading.Thread(target=run)
     waiter.start()
     began.wait()
     partition.close()
@@ -155,8 +214,9 @@ def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest) -> N
     assert ended == ["closed"]
 
 
-def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
-    partition, main = observable(guest.partition), threading.main_thread().ident
+@by_each_wait
+def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest, wait: Wait) -> None:
+    partition, main = observable(guest), threading.main_thread().ident
     assert main is not None
     began, over = threading.Event(), threading.Event()
 
@@ -178,7 +238,7 @@ def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest) -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             began.set()
-            partition.take_interrupts(timeout=PATIENCE)
+            wait(partition, PATIENCE)
     finally:
         over.set()
         thread.join()

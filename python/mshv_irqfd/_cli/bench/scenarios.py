@@ -1,12 +1,15 @@
-"""Measurements other than the latency of one call: partitions, threads, other routes, a busy interpreter, memory."""
+"""Measurements other than the latency of one call: partitions, threads, other routes, guests, Python, memory."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import struct
 import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from time import perf_counter_ns, sleep
@@ -15,11 +18,14 @@ from typing import TYPE_CHECKING
 from mshv_irqfd import MsiRoute, _core, open_partition
 from mshv_irqfd._cli.bench import machine
 from mshv_irqfd._cli.bench.measure import interval
+from mshv_irqfd._cli.bench.plain_python import ADDRESS, KvmIoctls
 from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, vector
+from mshv_irqfd._guest import GuestOfPartition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mshv_irqfd import KvmPartition
     from mshv_irqfd._cli.bench.results import Scenario
 
 PARTITIONS = 64
@@ -28,6 +34,9 @@ THREADS = 8
 ROUNDS = 7
 SHORT = 3
 """The factor by which rounds are more and shorter where the tails of latencies are compared."""
+HANDLED = 20
+"""The factor by which rounds are more and shorter where two latencies of some 10 us are compared."""
+HANDLED_VECTOR = 0x41
 ROUTES = 2000
 MEASURED = 4
 """The number of partitions whose memory is measured."""
@@ -217,6 +226,67 @@ def _percentile_99(values: list[int]) -> float:
     return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
 
 
+def handler(backend: str, seconds: float) -> list[Scenario]:
+    """The time from a signal in Python to the handler in a guest of KVM, compared with bare ioctls from Python.
+
+    Both partitions run the same guest, which counts; the signal ends when its count changes. Rounds alternate.
+    """
+    if backend != "kvm":
+        # No guest can run.
+        return []
+    times: dict[str, list[float]] = {"package": [], "bare": []}
+    with ExitStack() as stack:
+        waits: dict[str, Callable[[], int]] = {}
+        for name, bring_up in (("package", _by_package), ("bare", _by_ioctls)):
+            partition = stack.enter_context(open_partition("kvm"))
+            waits[name] = _to_handler(stack.enter_context(GuestOfPartition(partition)), bring_up(partition, stack))
+        for turn in range(HANDLED * ROUNDS):
+            for name in sorted(waits, reverse=turn % 2 == 1):
+                wait, end = waits[name], perf_counter_ns() + int(1e9 * seconds / HANDLED)
+                wait()
+                found = [wait()]
+                while perf_counter_ns() < end:
+                    found.append(wait())
+                times[name].append(median(found) / 1e3)
+    what = "a signal from Python to the guest's handler"
+    ratios = [ours / bare for ours, bare in zip(times["package"], times["bare"], strict=True)]
+    return [
+        _scenario("handler", f"{what}: median latency", times["package"], "us"),
+        _scenario("handler", f"{what}, bare ioctls: median latency", times["bare"], "us"),
+        _scenario("handler", f"{what}: median latency, to that with bare ioctls", ratios, ""),
+    ]
+
+
+def _by_package(partition: KvmPartition, stack: ExitStack) -> Callable[[], object]:
+    route = stack.enter_context(partition.new_irqfd_route())
+    route.set_msi(MsiRoute.fixed(HANDLED_VECTOR, 0))
+    return route.signal
+
+
+def _by_ioctls(partition: KvmPartition, stack: ExitStack) -> Callable[[], object]:
+    # Only the descriptor of the partition is used.
+    kernel, event = KvmIoctls(partition.fileno()), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    stack.callback(os.close, event)
+    entry = kernel.pack_entry(FIRST_GSI, (ADDRESS, HANDLED_VECTOR))
+    kernel.push(struct.pack("<II", kernel.fixed_count + 1, 0) + kernel.fixed + entry)
+    kernel.irqfd(event, FIRST_GSI, deassign=False)
+    return partial(os.eventfd_write, event, 1)
+
+
+def _to_handler(guest: GuestOfPartition, signal: Callable[[], object]) -> Callable[[], int]:
+    """A function that signals, and returns the nanoseconds until the guest has counted the interrupt."""
+
+    def wait() -> int:
+        before = guest.count(0, HANDLED_VECTOR)
+        begun = perf_counter_ns()
+        signal()
+        while guest.count(0, HANDLED_VECTOR) == before:
+            pass
+        return perf_counter_ns() - begun
+
+    return wait
+
+
 def memory(backend: str, seconds: float) -> list[Scenario]:
     """The anonymous memory of partitions with routes, in a new process, whose heap has little free space to reuse."""
     del seconds
@@ -252,6 +322,7 @@ ALL: dict[str, Callable[[str, float], list[Scenario]]] = {
     "partitions": partitions,
     "threads": threads,
     "others": others,
+    "handler": handler,
     "responsiveness": responsiveness,
     "memory": memory,
 }

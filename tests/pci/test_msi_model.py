@@ -1,0 +1,160 @@
+"""An MSI capability against a model, for a hostile guest: any access at any offset, of any size, with any value.
+
+`MSHV_IRQFD_MODEL` sets how many runs of how many steps, as in "2000x50".
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, Literal
+
+import pytest
+from backends import Backend
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from mshv_irqfd import MsiCapability
+from msi_model import LENGTH, Model
+from needs import need
+from support import counting
+from test_msix_model import size
+
+VPS = 2
+VECTORS = [1, 2, 4, 8, 32]
+
+ADDRESSES = [0xFEE00000, 0xFEE01000, 0xFEE00000, 0xFEE05000, 0xFEE00004, 0xFEE00010, 0xFEE00003, 0]
+DATA = [0x40, 0x44, 0x60, 0x152, 0x10, 0x0F, 0x341, 0xFFFF, 0]
+FIELDS: list[tuple[int, int, list[int]]] = [
+    (2, 2, [0, 1, 0x11, 0x21, 0x31, 0x51, 0x71, 0xFFFF, 0x10]),
+    (2, 1, [0, 1, 0x21, 0xFF]),
+    (4, 4, ADDRESSES),
+    (8, 4, [0, 0, 0, 1]),
+    (12, 2, DATA),
+    (12, 4, DATA),
+    (13, 1, [0, 1, 3]),
+    (16, 4, [0, 0, 1, 2, 3, 0xFFFFFFFF, 0xF0]),
+    (16, 1, [0, 1, 5]),
+    (20, 4, [0, 0xFFFFFFFF]),
+]
+
+
+@st.composite
+def field_writes(draw: st.DrawFn) -> tuple[int, bytes]:
+    """Writes that make sense to a driver, and so get far: whole registers."""
+    at, width, values = draw(st.sampled_from(FIELDS))
+    return at, draw(st.sampled_from(values)).to_bytes(width, "little")
+
+
+class Machine(RuleBasedStateMachine):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        backend = Backend(name)
+        self.guest = backend.guest(backend.open(vps=VPS))
+        self.device = MsiCapability(self.guest.partition, 1)
+        self.model = Model(1, set(range(VPS)))
+
+    @initialize(count=st.sampled_from(VECTORS), granted=st.integers(0, 5), data=st.sampled_from(DATA[:4]))
+    def begin(self, count: int, granted: int, data: int) -> None:
+        self.device.close()
+        self.device = MsiCapability(self.guest.partition, count)
+        self.model = Model(count, set(range(VPS)))
+        self.write(4, (0xFEE00000).to_bytes(4, "little"))
+        self.write(12, data.to_bytes(2, "little"))
+        self.write(2, bytes([1 | granted << 4]))
+
+    def write(self, offset: int, data: bytes) -> None:
+        with counting(self.guest.partition) as made:
+            self.device.write_config(offset, data)
+        assert made.stats.pushes <= 1
+        self.model.write(offset, data)
+
+    @rule(write=field_writes())
+    def write_a_register(self, write: tuple[int, bytes]) -> None:
+        self.write(*write)
+
+    @rule(vp=st.integers(0, VPS - 1), data=st.sampled_from(DATA[:4]))
+    def set_a_message(self, vp: int, data: int) -> None:
+        self.write(4, (0xFEE00000 | vp << 12).to_bytes(4, "little"))
+        self.write(8, bytes(4))
+        self.write(12, data.to_bytes(2, "little"))
+
+    @rule(offset=st.integers(-4, LENGTH + 4) | st.integers(), data=st.binary(max_size=9))
+    def write_anything(self, offset: int, data: bytes) -> None:
+        self.write(offset, data)
+
+    @rule(vector=st.integers(0, 31), how=st.sampled_from(["signal", "signal", "event", "bare"]))
+    def signal(self, vector: int, how: Literal["signal", "event", "bare"]) -> None:
+        vector %= len(self.model.vectors)
+        ours, model = self.device.vectors[vector], self.model.vectors[vector]
+        match how:
+            case "signal":
+                ours.signal()
+            case "event":
+                ours.event.signal(3)
+                model.has_route = True
+            case "bare":
+                os.eventfd_write(ours.event.fileno(), 1)
+                model.has_route = True
+        self.model.signal(model)
+
+    @rule(vector=st.integers(0, 31))
+    def consume(self, vector: int) -> None:
+        vector %= len(self.model.vectors)
+        model = self.model.vectors[vector]
+        assert self.device.vectors[vector].consume_pending() == model.pending
+        model.pending = False
+
+    @rule()
+    def retry(self) -> None:
+        """No cause of a fault goes away here: what the guest's message needs is not there, or it is not live."""
+        failed = {number for number, _ in self.device.retry_faults()}
+        for number, vector in enumerate(self.model.vectors):
+            vector.faulty = vector.faulty and vector.live
+            assert (number in failed) == vector.faulty
+
+    @rule()
+    def reset(self) -> None:
+        self.device.reset()
+        self.model.reset()
+
+    @rule(offset=st.integers(-4, LENGTH + 4) | st.integers(), width=st.integers(0, 9) | st.sampled_from([16, 2**70]))
+    def read_anything(self, offset: int, width: int) -> None:
+        assert self.device.read_config(offset, width) == self.model.read(offset, width)
+
+    @invariant()
+    def agrees(self) -> None:
+        device, model = self.device, self.model
+        self.guest.receives(*(message for message in model.sent if self.guest.reaches(message)))
+        model.sent.clear()
+        assert device.capability() == model.shown
+        for number, (ours, vector) in enumerate(zip(device.vectors, model.vectors, strict=True)):
+            route = ours.route
+            assert (ours.masked, ours.pending) == (model.masked(number), vector.pending)
+            assert (route.msi if route and route.armed else None) == vector.message
+            # A message for a VP that is not there takes a route before it is refused.
+            assert (route is not None) >= vector.has_route
+        faulty = {number for number, _ in device.faults()}
+        assert faulty == {number for number, vector in enumerate(model.vectors) if vector.faulty}
+
+    def teardown(self) -> None:
+        self.device.close()
+        self.guest.close()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["simulated", "kvm", "mshv"])
+def test_after_any_accesses_a_capability_matches_the_model(name: str) -> None:
+    need(name)
+    runs, steps = size()
+    machine: Any = functools.partial(Machine, name)
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=runs,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
