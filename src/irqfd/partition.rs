@@ -16,6 +16,7 @@ use super::shared::{Intent, Route};
 use super::state::State;
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
+use super::trace::Trace;
 use super::vps::VpSet;
 use crate::hypervisor::Backend;
 use crate::hypervisor::observer::{ObserveError, Observer};
@@ -69,6 +70,7 @@ pub struct Partition {
     turn: Mutex<()>,
     state: Mutex<State>,
     doorbells: Doorbells,
+    trace: Arc<Trace>,
 }
 
 impl Partition {
@@ -90,7 +92,8 @@ impl Partition {
         let owner = Owner::current().map_err(|error| unsupported_kernel(&error))?;
         let fd = hypervisor.fd();
         let vps = if config.adopted { config.vps } else { Some(VpSet::default()) };
-        let state = Mutex::new(State::new(hypervisor, &config, vps));
+        let state = State::new(hypervisor, &config, vps);
+        let trace = Arc::clone(&state.trace);
         let partition = Arc::new(Self {
             owner,
             fd,
@@ -99,8 +102,9 @@ impl Partition {
             closed: AtomicBool::new(false),
             skipped: AtomicU64::new(0),
             turn: Mutex::default(),
-            state,
+            state: Mutex::new(state),
             doorbells: Doorbells::default(),
+            trace,
         });
         let mut all = partitions()?;
         all.retain(|other| other.strong_count() > 0);
@@ -159,6 +163,11 @@ impl Partition {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The record of its calls into the kernel.
+    pub fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     pub fn fileno(&self) -> Result<RawFd> {

@@ -2,6 +2,7 @@
 
 mod events;
 mod loading;
+mod saved;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
