@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
 
 from mshv_irqfd import _core, _interrupts
+from mshv_irqfd._describe import Description
 from mshv_irqfd.errors import HypervisorUnavailableError
 
 if TYPE_CHECKING:
@@ -67,6 +68,20 @@ class MsiCapability(_core.MsiCapability, _Finalized):  # noqa: D101 -- the docst
 class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()
+
+    def describe(self) -> str:
+        """A table for people: the routes (GSI, state, where armed, MSI, interrupt, masked, pending) and the counters.
+
+        A device's vectors are among the routes once they are used. `rich.print()` shows a table with rules.
+
+        Example:
+            >>> with open_partition("simulated") as partition:
+            ...     route = partition.new_irqfd_route()
+            ...     route.set_msi(0xFEE00000, 0x41)
+            ...     print(partition.describe().splitlines()[2])
+            24   ENABLED  24        0xfee00000/0x0041  vector 0x41 to APIC 0  -       -
+        """
+        return Description(self)
 
     @classmethod
     def from_fd(
@@ -166,6 +181,7 @@ class KvmPartition(Partition):
 
         Raises:
             MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive.
+            io.UnsupportedOperation: a guest runs on the vCPUs; see `take_interrupts()`.
             ValueError, TypeError: an argument is invalid.
         """
         wanted = _interrupts.expected_interrupts(expected, count, counted=False)
