@@ -10,6 +10,7 @@ import functools
 import os
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -54,6 +55,27 @@ def handing_out(test: Any) -> Any:
     # pytest-run-parallel finds thread-unsafe calls through the globals of the function: these must be the test's.
     seen = FunctionType(call.__code__, test.__globals__, closure=call.__closure__)
     return functools.update_wrapper(seen, test)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--messages", metavar="FILE", help="add the messages of the errors that tests catch to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """For tools/error_messages.py, which looks for a message that no test meets."""
+    if name := config.getoption("--messages"):
+        leave, caught = pytest.RaisesExc.__exit__, set[str]()
+
+        def noted(self: Any, kind: Any, error: BaseException | None, trace: Any) -> bool:
+            caught.add(str(error))
+            return leave(self, kind, error, trace)
+
+        def write() -> None:
+            with Path(name).open("a", encoding="utf-8") as file:
+                file.writelines(f"{text}\n" for text in sorted(caught))
+
+        pytest.RaisesExc.__exit__ = noted  # type: ignore[method-assign]
+        config.add_cleanup(write)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -33,13 +33,18 @@ def document(node: ast.ClassDef | Function, thing: object) -> None:
     node.body = docstring + (body or ([] if docstring else [ast.Expr(ast.Constant(...))]))
 
 
+def is_setter(node: Function) -> bool:
+    """Whether a function is the setter of a property. The getter has the docstring."""
+    return any(isinstance(by, ast.Attribute) and by.attr == "setter" for by in node.decorator_list)
+
+
 def documented(source: str) -> str:
     """Returns the stub with the module's docstrings."""
     tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and hasattr(_core, node.name):
             runtime = getattr(_core, node.name)
-            methods = [item for item in node.body if isinstance(item, Function)]
+            methods = [item for item in node.body if isinstance(item, Function) and not is_setter(item)]
             # Magic methods need no docstring; of overloads, the last one has it.
             for method in {method.name: method for method in methods if method.name[:2] != "__"}.values():
                 document(method, getattr(runtime, method.name))

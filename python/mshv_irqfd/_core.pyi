@@ -1051,6 +1051,16 @@ class Partition:
         """Whether irqfds are disarmed around every push."""
 
     @property
+    def log_calls(self) -> bool:
+        """Whether every push, arming and disarming is logged, with its reason: at DEBUG, by the logger `mshv_irqfd`.
+
+        Set at opening if that logger takes such records by then. Calls that the kernel refused are logged always, at
+        WARNING. Records are emitted after the call that they are about, in the thread that made it or another one.
+        """
+
+    @log_calls.setter
+    def log_calls(self, log_calls: bool) -> None: ...
+    @property
     def vps(self) -> tuple[int, ...] | None:
         """The indexes of the VPs, which are also their APIC ids, in a tuple.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
 
 from mshv_irqfd import _core, _interrupts
+from mshv_irqfd._describe import Description
 from mshv_irqfd.errors import HypervisorUnavailableError
 
 if TYPE_CHECKING:
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
     from mshv_irqfd._core import HasFileno
     from mshv_irqfd._interrupts import Expected
     from mshv_irqfd.values import Interrupt
-
-_SimulatedCall: TypeAlias = Literal[
-    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
-]
-"""The calls into the simulated kernel that can be made to fail."""
 
 DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs, above the 24 that are IOAPIC pins by convention."""
@@ -72,6 +68,20 @@ class MsiCapability(_core.MsiCapability, _Finalized):  # noqa: D101 -- the docst
 class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()
+
+    def describe(self) -> str:
+        """A table for people: the routes (GSI, state, where armed, MSI, interrupt, masked, pending) and the counters.
+
+        A device's vectors are among the routes once they are used. `rich.print()` shows a table with rules.
+
+        Example:
+            >>> with open_partition("simulated") as partition:
+            ...     route = partition.new_irqfd_route()
+            ...     route.set_msi(0xFEE00000, 0x41)
+            ...     print(partition.describe().splitlines()[2])
+            24   ENABLED  24        0xfee00000/0x0041  vector 0x41 to APIC 0  -       -
+        """
+        return Description(self)
 
     @classmethod
     def from_fd(
@@ -171,6 +181,7 @@ class KvmPartition(Partition):
 
         Raises:
             MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive.
+            io.UnsupportedOperation: a guest runs on the vCPUs; see `take_interrupts()`.
             ValueError, TypeError: an argument is invalid.
         """
         wanted = _interrupts.expected_interrupts(expected, count, counted=False)
@@ -257,7 +268,14 @@ class SimulatedPartition(Partition):
 
     def fail(
         self,
-        call: _SimulatedCall,
+        call: Literal[
+            "set_msi_routing",
+            "assign_irqfd",
+            "deassign_irqfd",
+            "assign_ioeventfd",
+            "deassign_ioeventfd",
+            "signal_msi",
+        ],
         errno: int,
         *,
         after: int = 0,

@@ -12,6 +12,7 @@ use super::error::Failure;
 use super::plan::{Change, Plan};
 use super::shared::Route;
 use super::state::State;
+use super::trace::Reason;
 
 impl State {
     /// Makes all `changes`, or none.
@@ -37,12 +38,14 @@ impl State {
 
     fn forward(&mut self, changes: &[Change], plan: &mut Plan, disarmed: &mut Vec<u16>) -> Result<(), Failure> {
         if plan.push && self.quiesce {
+            self.reason = Reason::Quiesced;
             self.disarm_all(changes, disarmed)?;
         }
         self.go_home(plan);
         for change in changes {
             let slot = &self.slots[change.index];
             if slot.is_armed() && (change.wanted.is_none() || change.place != slot.place()) {
+                self.reason = if change.wanted.is_none() { Reason::Unwanted } else { Reason::Moves };
                 self.disarm(change.index)?;
                 disarmed.push(change.index as u16);
             }
@@ -57,15 +60,19 @@ impl State {
             }
         }
         if plan.push {
+            self.reason = Reason::Missing;
             let pushed = self.push();
             plan.pushed = pushed.is_ok();
             self.loads = plan.pushed;
             pushed?;
         }
         let armed = self.armed.len();
-        let again = disarmed.iter().rev().map(|index| usize::from(*index));
-        let mut all = changes.iter().map(|change| change.index).chain(again);
-        let assigned = all.try_for_each(|index| self.assign_if_wanted(index));
+        let again = disarmed.iter().rev().map(|index| (usize::from(*index), Reason::PushIsOver));
+        let mut all = changes.iter().map(|change| (change.index, Reason::Wanted)).chain(again);
+        let assigned = all.try_for_each(|(index, reason)| {
+            self.reason = reason;
+            self.assign_if_wanted(index)
+        });
         // Also after a failure: the routes re-armed until then stay armed.
         assigned.and(self.drain(armed))?;
         if plan.push {
@@ -119,6 +126,7 @@ impl State {
 
     /// Tries again to arm the routes that wait to be re-armed. A failure here is no failure of the call at hand.
     fn arm_waiting(&mut self) {
+        self.reason = Reason::Waited;
         for index in std::mem::take(&mut self.waiting) {
             self.arm_again(index.into());
             self.publish(index.into());
@@ -148,6 +156,7 @@ impl State {
         disarmed: &mut Vec<u16>,
         mut failure: Failure,
     ) -> Failure {
+        self.reason = Reason::RolledBack;
         for change in changes {
             let slot = &self.slots[change.index];
             let stays = change.before.wanted.is_some() && change.before.place == slot.place();
@@ -225,6 +234,7 @@ impl State {
     /// still be registered, or the slot was broken before.
     pub(super) fn release(&mut self, index: usize) -> Result<(), Failure> {
         self.slots[index].wanted = None;
+        self.reason = Reason::Closed;
         let result = if self.slots[index].is_armed() { self.disarm(index) } else { Ok(()) };
         let result = result.map_err(|mut failure| {
             failure.broken.push(self.quarantine(index));
@@ -248,6 +258,7 @@ impl State {
 
     /// Tries once more to disarm the routes that could not be disarmed when they were closed.
     pub(super) fn release_leftovers(&mut self) -> Vec<Failure> {
+        self.reason = Reason::Closed;
         let armed = self.armed.clone().into_iter().map(usize::from);
         let there = |state: &Self, index: usize| {
             state.slots[index].route.as_ref().is_some_and(|route| !route.event.is_closed())

@@ -28,6 +28,7 @@ mod sync;
 #[cfg(test)]
 #[cfg(not(shuttle))]
 mod tests;
+mod trace;
 mod vps;
 
 pub use batch::Batch;
@@ -42,4 +43,5 @@ pub use partition::Partition;
 pub use route::IrqFdRoute;
 pub use saved::{Message, PartitionState, RouteState, Wanted};
 pub use stats::PartitionStats;
+pub use trace::{Event, Reason, Trace};
 pub use vps::VpSet;

@@ -15,6 +15,7 @@ use super::shared::{Intent, Route};
 use super::state::State;
 use super::stats::PartitionStats;
 use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
+use super::trace::Trace;
 use super::vps::VpSet;
 use crate::hypervisor::Backend;
 use crate::hypervisor::event::EventFd;
@@ -57,6 +58,7 @@ pub struct Partition {
     turn: Mutex<()>,
     state: Mutex<State>,
     doorbells: Doorbells,
+    trace: Arc<Trace>,
 }
 
 impl Partition {
@@ -78,7 +80,8 @@ impl Partition {
         let owner = Owner::current().map_err(|error| unsupported_kernel(&error))?;
         let fd = hypervisor.fd();
         let vps = if config.adopted { config.vps } else { Some(VpSet::default()) };
-        let state = Mutex::new(State::new(hypervisor, &config, vps));
+        let state = State::new(hypervisor, &config, vps);
+        let trace = Arc::clone(&state.trace);
         let partition = Arc::new(Self {
             owner,
             fd,
@@ -87,8 +90,9 @@ impl Partition {
             closed: AtomicBool::new(false),
             skipped: AtomicU64::new(0),
             turn: Mutex::default(),
-            state,
+            state: Mutex::new(state),
             doorbells: Doorbells::default(),
+            trace,
         });
         let mut all = partitions()?;
         all.retain(|other| other.strong_count() > 0);
@@ -147,6 +151,11 @@ impl Partition {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The record of its calls into the kernel.
+    pub fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     pub fn fileno(&self) -> Result<RawFd> {

@@ -9,9 +9,10 @@ use super::gsi::{GsiAllocator, GsiState};
 use super::preload::Habits;
 use super::shared::Route;
 use super::stats::PartitionStats;
+use super::trace::{Event, Reason, Trace};
 use super::vps::VpSet;
 use crate::hypervisor::event::EventFd;
-use crate::hypervisor::{CallError, CallResult, Hypervisor, Operation, RawMsi};
+use crate::hypervisor::{CallError, CallResult, Hypervisor, Operation, RawMsi, strerror};
 
 /// The state of a partition.
 #[derive(Debug)]
@@ -35,6 +36,9 @@ pub(super) struct State {
     pub(super) habits: Habits,
     /// Whether the next push takes entries along: not after one that the kernel refused.
     pub(super) loads: bool,
+    pub(super) trace: Arc<Trace>,
+    /// Why calls are made just now.
+    pub(super) reason: Reason,
 }
 
 /// The state of one GSI that is handed out.
@@ -84,6 +88,8 @@ impl State {
             waiting: Vec::new(),
             habits: Habits::default(),
             loads: true,
+            trace: Arc::default(),
+            reason: Reason::default(),
         }
     }
 
@@ -123,7 +129,10 @@ impl State {
     pub(super) fn counted<T>(&mut self, result: CallResult<T>, gsi: Option<u32>) -> Result<T, Failure> {
         result.map_err(|error| {
             self.stats.failures += 1;
-            Failure::new(error, gsi)
+            let failure = Failure::new(error, gsi);
+            let text = format!("refused: {}: {failure}", strerror(failure.error.errno));
+            self.trace.record(Event::Failed { text });
+            failure
         })
     }
 
@@ -134,6 +143,8 @@ impl State {
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
+        let (place, reason) = (self.slots[index].place(), self.reason);
+        self.trace.call(|| Event::Armed { gsi: self.gsi(index), place, reason });
         Ok(())
     }
 
@@ -154,6 +165,7 @@ impl State {
             let index = usize::from(fresh[place]);
             let failure = self.counted(Err(error), Some(self.gsi(index)));
             // A counter that can't be drained could be delivered twice, so the irqfd must not stay.
+            self.reason = Reason::Undrained;
             let disarmed = self.disarm(index);
             result = result.and(disarmed).and(failure);
         }
@@ -163,6 +175,8 @@ impl State {
     pub(super) fn disarm(&mut self, index: usize) -> Result<(), Failure> {
         self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.deassign(gsi, &route.event))?;
         self.stats.disarms += 1;
+        let (at, reason) = (self.slots[index].place(), self.reason);
+        self.trace.call(|| Event::Disarmed { gsi: self.gsi(index), place: at, reason });
         let place = std::mem::take(&mut self.slots[index].armed);
         self.armed.swap_remove(usize::from(place) - 1);
         if let Some(moved) = self.armed.get(usize::from(place) - 1) {
@@ -175,6 +189,8 @@ impl State {
         let entries = self.call(|hypervisor| hypervisor.push())?;
         self.stats.pushes += 1;
         self.stats.entries_pushed += entries as u64;
+        let reason = self.reason;
+        self.trace.call(|| Event::Pushed { entries, reason });
         self.entries.pushed();
         Ok(())
     }

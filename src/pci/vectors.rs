@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::hypervisor::{CallError, Operation};
-use crate::irqfd::{Batch, Error, Failure, GsiState, IrqFdRoute, MsiRoute, Partition, Result};
+use crate::irqfd::{Batch, Error, Event, Failure, GsiState, IrqFdRoute, MsiRoute, Partition, Result};
 
 /// The vectors for which the last arming or disarming failed.
 pub(super) type Faults = BTreeMap<usize, Fault>;
@@ -231,6 +231,8 @@ impl Vectors {
             // If this is refused too, the first error is the one to tell.
             let _refused = route.mask();
         }
+        let text = || format!("vector {index} of {} stays disarmed: {}", self.what, fault.error);
+        self.partition.trace().call(|| Event::Fault { text: text() });
         faults.insert(index, fault);
     }
 

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
 use super::errors::ClosedError;
+use super::log::logged;
 use super::msi;
 use super::objects::{Batch, Edits, IrqFdRoute, Kept, Partition};
 use crate::irqfd;
@@ -79,7 +80,7 @@ impl Batch {
     ///     RoutingError, IrqFdError: the kernel refused.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
         let edits = self.take(py).ok_or_else(spent)?;
-        Ok(py.detach(|| edits.commit())?)
+        logged(py, &self.partition.get().core, || edits.commit())
     }
 
     /// The partition that the routes belong to.

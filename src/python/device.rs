@@ -9,6 +9,7 @@ use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyIterator, PyList, PyTuple, PyType};
 
 use super::errors::exception_of;
+use super::log::{self, logged};
 use super::objects::{
     Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, TakenRoute, Vector, Vectors,
 };
@@ -97,7 +98,7 @@ impl Device {
     /// Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
     /// the kernel refuses: see `faults()`.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.reset())?)
+        logged(py, &self.partition.get().core, || self.core.reset())
     }
 
     /// The vectors that are not armed or disarmed as the guest asked.
@@ -121,7 +122,7 @@ impl Device {
     /// Returns:
     ///     The vectors that failed again, as `faults()` does.
     fn retry_faults<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let faults = py.detach(|| self.core.retry())?;
+        let faults = logged(py, &self.partition.get().core, || self.core.retry())?;
         listed(py, &faults)
     }
 
@@ -130,7 +131,7 @@ impl Device {
     /// Raises:
     ///     IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.close())?)
+        logged(py, &self.partition.get().core, || self.core.close())
     }
 
     /// Whether it is closed.
@@ -161,7 +162,9 @@ impl Device {
     /// Closes. In a forked child, where close() would raise, closes only the descriptors.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        self._abandon(py)
+        let abandoned = self._abandon(py);
+        log::emit(py, &self.partition.get().core);
+        abandoned
     }
 }
 

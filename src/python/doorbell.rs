@@ -8,6 +8,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
 use super::arguments;
+use super::log::{self, logged};
 use super::objects::{IoEventFd, Partition};
 use super::waiting::{self, Watch};
 
@@ -34,7 +35,7 @@ impl IoEventFd {
         let trigger = arguments::trigger(address, length, datamatch, port)?;
         let event = event.map(arguments::descriptor).transpose()?;
         let core = &partition.get().core;
-        let doorbell = py.detach(|| core.new_ioeventfd(trigger, event))?;
+        let doorbell = logged(py, core, || core.new_ioeventfd(trigger, event))?;
         Ok(Self { doorbell, partition: partition.clone().unbind() })
     }
 
@@ -135,7 +136,7 @@ impl IoEventFd {
     ///     IoEventFdError: the kernel refused. The doorbell is closed nevertheless. Its address stays taken, and
     ///         closing the partition tries once more.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.doorbell.close())?)
+        logged(py, &self.partition.get().core, || self.doorbell.close())
     }
 
     /// Whether it is closed.
@@ -166,7 +167,9 @@ impl IoEventFd {
     /// Closes. In a forked child, where close() would raise, closes only the descriptor.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        self._abandon(py)
+        let abandoned = self._abandon(py);
+        log::emit(py, &self.partition.get().core);
+        abandoned
     }
 
     fn __repr__(&self) -> String {

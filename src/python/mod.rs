@@ -8,6 +8,7 @@ mod device;
 mod doorbell;
 pub(crate) mod errors;
 pub(crate) mod event;
+mod log;
 pub(crate) mod msi;
 mod msi_capability;
 mod msix;

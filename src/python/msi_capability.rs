@@ -5,9 +5,10 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyType};
 
+use super::log::logged;
 use super::objects::{Device, MsiCapability, Partition, RestoredCapability};
 use super::{arguments, saved};
-use crate::pci;
+use crate::pci::{self, AnyDevice};
 
 #[pymethods]
 impl MsiCapability {
@@ -44,7 +45,7 @@ impl MsiCapability {
     ///     RouteBrokenError: a vector's route is broken.
     ///     IrqFdError: the kernel refused to disarm a vector, or to arm it again.
     fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let state = py.detach(|| self.0.save())?;
+        let state = logged(py, self.0.vectors().partition(), || self.0.save())?;
         saved::to_dict(py, &state)
     }
 
@@ -104,7 +105,7 @@ impl MsiCapability {
     ///         ignored.
     fn write_config(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let (offset, data) = (arguments::access(offset, "offset")?, arguments::bytes(data)?);
-        Ok(py.detach(|| self.0.write(offset, &data))?)
+        logged(py, self.0.vectors().partition(), || self.0.write(offset, &data))
     }
 
     /// The capability as it is now, 24 bytes, for the device's configuration space.

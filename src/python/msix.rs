@@ -5,9 +5,10 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyType};
 
+use super::log::logged;
 use super::objects::{Device, MsixTable, Partition, RestoredTable};
 use super::{arguments, saved};
-use crate::pci;
+use crate::pci::{self, AnyDevice};
 
 #[pymethods]
 impl MsixTable {
@@ -44,7 +45,7 @@ impl MsixTable {
     ///     RouteBrokenError: a vector's route is broken.
     ///     IrqFdError: the kernel refused to disarm a vector, or to arm it again.
     fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let state = py.detach(|| self.0.save())?;
+        let state = logged(py, self.0.vectors().partition(), || self.0.save())?;
         saved::to_dict(py, &state)
     }
 
@@ -109,7 +110,7 @@ impl MsixTable {
     ///         ignored.
     fn write_table(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let (offset, data) = (arguments::access(offset, "offset")?, arguments::bytes(data)?);
-        Ok(py.detach(|| self.0.write_table(offset, &data))?)
+        logged(py, self.0.vectors().partition(), || self.0.write_table(offset, &data))
     }
 
     /// Reads the pending bits, for the guest: one for each vector, set while a signal waits for it to be armed.
@@ -151,7 +152,7 @@ impl MsixTable {
         data: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let (offset, data) = (arguments::access(offset, "offset")?, arguments::bytes(data)?);
-        Ok(py.detach(|| self.0.write_message_control(offset, &data))?)
+        logged(py, self.0.vectors().partition(), || self.0.write_message_control(offset, &data))
     }
 
     /// The capability for the device's configuration space, 12 bytes.

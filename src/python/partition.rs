@@ -11,6 +11,7 @@ use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyDict, PyList, PyRange, PyTuple, PyType, PyWeakrefMethods, PyWeakrefReference};
 
 use super::errors::bad_integer;
+use super::log::{self, logged};
 use super::objects::{Batch, IoEventFd, IrqFdRoute, Partition, TakenRoute};
 use super::{arguments, msi, saved, values};
 use crate::hypervisor::trigger::Trigger;
@@ -74,6 +75,7 @@ impl Partition {
                 py.detach(|| irqfd::Partition::adopt(backend, fd, &options))?
             }
         };
+        core.trace().set_calls(log::wants_calls(py)?);
         Ok(Self::new(core))
     }
 
@@ -94,6 +96,20 @@ impl Partition {
     #[getter]
     fn quiesce(&self) -> bool {
         self.core.config().quiesce
+    }
+
+    /// Whether every push, arming and disarming is logged, with its reason: at DEBUG, by the logger `mshv_irqfd`.
+    ///
+    /// Set at opening if that logger takes such records by then. Calls that the kernel refused are logged always, at
+    /// WARNING. Records are emitted after the call that they are about, in the thread that made it or another one.
+    #[getter]
+    fn log_calls(&self) -> bool {
+        self.core.trace().calls()
+    }
+
+    #[setter]
+    fn set_log_calls(&self, log_calls: bool) {
+        self.core.trace().set_calls(log_calls);
     }
 
     /// The indexes of the VPs, which are also their APIC ids, in a tuple.
@@ -191,7 +207,7 @@ impl Partition {
         data: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<bool> {
         let msi = msi::from_arguments(address, data)?;
-        Ok(py.detach(|| self.core.signal_msi(msi))?)
+        logged(py, &self.core, || self.core.signal_msi(msi))
     }
 
     /// A new doorbell: the guest's writes to an address signal an eventfd; see `IoEventFd`.
@@ -274,7 +290,7 @@ impl Partition {
     ///     RouteBrokenError: a route is broken. Close it.
     ///     IrqFdError: the kernel refused to disarm a route, or to arm it again.
     fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let state = py.detach(|| self.core.save())?;
+        let state = logged(py, &self.core, || self.core.save())?;
         saved::to_dict(py, &state)
     }
 
@@ -308,7 +324,7 @@ impl Partition {
         let (py, this) = (slf.py(), slf.get());
         let state = saved::from_dict(state)?;
         let events = events.map_or(Ok(Vec::new()), arguments::events_by_gsi)?;
-        let restored = py.detach(|| this.core.restore(&state, &events, ring_doorbells))?;
+        let restored = logged(py, &this.core, || this.core.restore(&state, &events, ring_doorbells))?;
         let class = py.import("mshv_irqfd.handles")?.getattr("IrqFdRoute")?;
         let routes = PyDict::new(py);
         for (gsi, route) in restored {
@@ -333,7 +349,7 @@ impl Partition {
         let number = index.extract::<i64>().map_err(|error| bad_integer(&error, index, "VP index", range))?;
         let number = u8::try_from(number)
             .map_err(|_| PyValueError::new_err(format!("VP index {number} is out of range; {range}")))?;
-        Ok(py.detach(|| self.core.create_vp(number))?)
+        logged(py, &self.core, || self.core.create_vp(number))
     }
 
     /// Begins a batch of changes; see `Batch`.
@@ -375,7 +391,7 @@ impl Partition {
     ///     IrqFdError: some irqfds could not be disarmed. Everything is closed nevertheless.
     ///     IoEventFdError: some doorbells could not be taken away. Everything is closed nevertheless.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.close())?)
+        logged(py, &self.core, || self.core.close())
     }
 
     fn _take_interrupts<'py>(&self, py: Python<'py>, timeout: f64) -> PyResult<Bound<'py, PyList>> {
@@ -461,7 +477,9 @@ impl Partition {
     /// Closes. Does nothing in a forked child, where close() would raise.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        self._abandon(py)
+        let abandoned = self._abandon(py);
+        log::emit(py, &self.core);
+        abandoned
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {

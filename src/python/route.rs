@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
+use super::log::{self, logged};
 use super::objects::{IrqFdRoute, Partition, TakenRoute};
 use super::waiting::{self, Watch};
 use super::{msi, values};
@@ -99,7 +100,7 @@ impl IrqFdRoute {
     #[pyo3(signature = (address, data=None))]
     fn set_msi(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let msi = msi::from_arguments(address, data)?;
-        Ok(py.detach(|| self.route.set_msi(msi))?)
+        logged(py, self.route.partition(), || self.route.set_msi(msi))
     }
 
     /// Disarms the route and forgets its MSI. The next push drops the entry of its own GSI from the kernel's table.
@@ -107,7 +108,7 @@ impl IrqFdRoute {
     /// Raises:
     ///     IrqFdError: the kernel refused, and nothing changed.
     fn clear_msi(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.route.clear_msi())?)
+        logged(py, self.route.partition(), || self.route.clear_msi())
     }
 
     /// Disarms the route until `unmask()`, even if an MSI is set meanwhile. Never pushes.
@@ -115,7 +116,7 @@ impl IrqFdRoute {
     /// Raises:
     ///     IrqFdError: the kernel refused, and nothing changed.
     fn mask(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.route.mask())?)
+        logged(py, self.route.partition(), || self.route.mask())
     }
 
     /// Ends `mask()`: arms the route if it has an MSI, and raises one interrupt if signals are pending.
@@ -126,7 +127,7 @@ impl IrqFdRoute {
     ///     MissingVpError: no VP has the destination's APIC id.
     ///     RoutingError, IrqFdError: the kernel refused, and everything was rolled back.
     fn unmask(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.route.unmask())?)
+        logged(py, self.route.partition(), || self.route.unmask())
     }
 
     /// Whether the route is masked.
@@ -200,7 +201,7 @@ impl IrqFdRoute {
     /// Raises:
     ///     IrqFdError: the irqfd could not be disarmed. The route is closed nevertheless, and its GSI is quarantined.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.route.close())?)
+        logged(py, self.route.partition(), || self.route.close())
     }
 
     /// Whether it is closed.
@@ -231,7 +232,9 @@ impl IrqFdRoute {
     /// Closes. In a forked child, where close() would raise, closes only the descriptor.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        self._abandon(py)
+        let abandoned = self._abandon(py);
+        log::emit(py, self.route.partition());
+        abandoned
     }
 
     fn __repr__(&self) -> String {

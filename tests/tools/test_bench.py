@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +24,7 @@ from mshv_irqfd._cli.bench.workloads import WORKLOADS
 from needs import need
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -358,3 +359,44 @@ def test_a_run_without_workloads_measures_the_scenarios_alone(tmp_path: Path, mo
     run = results.read(file)
     assert run["rows"] == []
     assert {scenario["name"] for scenario in run["scenarios"]} == {"others"}
+
+
+@needs_matplotlib
+def test_runs_are_plotted_side_by_side_with_a_column_for_each(tmp_path: Path) -> None:
+    run, file = tmp_path / "run.json", tmp_path / "both.svg"
+    arguments = ["bench", "--quick", "--routes", "1,2", "--workloads", "retarget,signal"]
+    assert cli.main([*arguments, "--backend", "simulated", "--json", str(run)]) == 0
+    drawn = [sys.executable, "-m", "mshv_irqfd._cli", "bench", "plot", str(file), str(run), str(run)]
+    subprocess.run(drawn, check=True, capture_output=True)
+    text = file.read_text()
+    assert text.count(">simulated, Linux") == 2
+    assert text.count(">signal<") == 2
+    beside = [*arguments, "--backend", "null", "--plot", str(file), "--beside", str(run)]
+    subprocess.run([sys.executable, "-m", "mshv_irqfd._cli", *beside], check=True, capture_output=True)
+    assert [name in file.read_text() for name in (">null, Linux", ">simulated, Linux")] == [True, True]
+
+
+def test_beside_without_a_plot_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--quick", "--backend", "null", "--beside", "run.json"]) == 2
+    assert "--beside goes with --plot" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_what_was_measured_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    measured = measure.Measurement.cells
+
+    def interrupted(self: measure.Measurement, progress: Callable[[float, str], None]) -> Iterator[measure.Cell]:
+        yield from islice(measured(self, progress), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.Measurement, "cells", interrupted)
+    arguments = ["bench", "--quick", "--backend", "null", "--routes", "1", "--json", str(file)]
+    assert cli.main(arguments) == 130
+    run = results.read(file)
+    assert [row["workload"] for row in run["rows"]] == list(WORKLOADS)[:2]
+    assert run["complete"] is False
+    shown = capsys.readouterr()
+    assert "Ctrl-C ended this run" in shown.out
+    assert "routes" not in shown.err, "progress is for terminals"

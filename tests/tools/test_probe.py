@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hvstub import HvStub, Scheduler
 from mshv_irqfd._cli import main
-from mshv_irqfd._cli.probe import rows
+from mshv_irqfd._cli.probe import rows, torn_pushes
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
 INTERRUPTS = Path("/dev/hvstub")
@@ -58,3 +61,41 @@ def test_only_the_rows_asked_for_are_run(capsys: pytest.CaptureFixture[str]) -> 
     assert main([*arguments("kvm"), "--only", "GSI 9999"]) == 0
     assert "1 rows" in capsys.readouterr().out
     assert main([*arguments("kvm"), "--only", "no such row"]) == 2
+
+
+def test_ctrl_c_leaves_the_rows_found_so_far(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments("kvm")
+    measured = rows.measure
+    left = iter([True, True, False])
+
+    def interrupted(*row: Any) -> Any:
+        if next(left):
+            return measured(*row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "measure", interrupted)
+    assert main([*words, "--json"]) == 130
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert [row["done"] for row in report["rows"]] == [row.done for row in rows.ROWS[:2]]
+    assert report["complete"] is False
+    assert shown.err == "interrupted after 2 rows\n"
+
+
+def test_ctrl_c_leaves_the_torn_signals_counted_so_far(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments("kvm")
+    monkeypatch.setattr(torn_pushes, "SLICE", 0.01)
+    left = iter([None] * 3)
+
+    def interrupted(_text: str) -> None:
+        if next(left, "end") == "end":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torn_pushes, "progress", SimpleNamespace(show=interrupted))
+    monkeypatch.setattr(rows, "ROWS", rows.ROWS[:1])
+    assert main([*words, "--torn-pushes", "60"]) == 130
+    assert re.search(r"0 torn in [1-9]\d* pushes and \d+ signals", capsys.readouterr().out)

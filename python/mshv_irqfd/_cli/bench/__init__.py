@@ -1,13 +1,15 @@
 """`mshv-irqfd bench`: the latency of each call, compared with the bare ioctls, a rebuilt table, and plain Python.
 
 Every design runs the same workloads on a partition of its own. Each round runs all designs in turn, so that other load
-on the machine affects them alike: compare ratios, not times. The garbage collector is off during a measurement.
+on the machine affects them alike: compare ratios, not times. The garbage collector is off during a measurement. Ctrl-C
+ends the run with the results so far, and exit status 130.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +17,11 @@ from typing import TYPE_CHECKING
 from mshv_irqfd import MshvIrqFdError, _core
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
+from mshv_irqfd._cli.progress import INTERRUPTED
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
     from collections.abc import Iterable
-
-    from rich.console import Console
 
 ROUTES = (1, 16, 64, 256, 1024, 2000)
 MOST_ROUTES = 4056
@@ -90,9 +91,21 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--plot", type=_plot, metavar="FILE", help="plot latency against routes (svg, png or pdf)")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN.json",
+        help="plot this earlier run beside the new one; may be repeated",
+    )
     parser.set_defaults(run=run)
 
-    commands = parser.add_subparsers(metavar="compare A.json B.json")
+    commands = parser.add_subparsers(metavar="compare A.json B.json | plot FILE RUN.json...")
+    drawn = commands.add_parser("plot", help="plot earlier runs side by side, and measure nothing")
+    drawn.add_argument("plot", type=_plot, metavar="FILE", help="svg, png or pdf")
+    drawn.add_argument("runs", type=Path, nargs="+", metavar="RUN.json")
+    drawn.set_defaults(run=run_plot)
     compare = commands.add_parser("compare", help="show the differences between two runs")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
@@ -191,15 +204,38 @@ def run_compare(options: Namespace) -> int:
     return 0
 
 
+def run_plot(options: Namespace) -> int:
+    """Plots earlier runs side by side; 2 if one cannot be read."""
+    if problem := _missing("rich", "matplotlib") or _no_directory(options.plot):
+        return _say(problem)
+    from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
+
+    try:
+        runs = [results.read(file) for file in options.runs]
+    except results.UnreadableError as error:
+        return _say(str(error))
+    plot.write(options.plot, runs)
+    return 0
+
+
+def _no_directory(file: Path | None) -> str | None:
+    return f"{file}: no such directory" if file and not file.absolute().parent.is_dir() else None
+
+
 def run(options: Namespace) -> int:
     """Measures, and shows the results; 2 if a requirement is missing."""
     if problem := _missing("rich", *(["matplotlib"] if options.plot else [])):
         return _say(problem)
     from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
-    for file in (options.json, options.plot):
-        if file and not file.absolute().parent.is_dir():
-            return _say(f"{file}: no such directory")
+    if problem := _no_directory(options.json) or _no_directory(options.plot):
+        return _say(problem)
+    if options.beside and not options.plot:
+        return _say("--beside goes with --plot FILE")
+    try:
+        beside = [results.read(file) for file in options.beside]
+    except results.UnreadableError as error:
+        return _say(str(error))
     quick = options.quick
     plan = measure.Plan(
         backend=_best() if options.backend == "best" else options.backend,
@@ -214,7 +250,7 @@ def run(options: Namespace) -> int:
         _warn_of_debug_build("this is")
     terminal = report.console()
     try:
-        found = _measure(plan, terminal, chosen=[] if quick else options.scenarios)
+        found = _measure(plan, chosen=[] if quick else options.scenarios)
     except (MshvIrqFdError, machine.TooFewDescriptorsError, OSError) as error:
         return _say(str(error))
     report.show(terminal, found)
@@ -223,13 +259,13 @@ def run(options: Namespace) -> int:
     if options.plot:
         from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
 
-        plot.write(options.plot, found)
+        plot.write(options.plot, [found, *beside])
     if _core.DEBUG_BUILD:
         _warn_of_debug_build("this is")
-    return 0
+    return 0 if found.get("complete", True) else INTERRUPTED
 
 
-def _measure(plan: measure.Plan, terminal: Console, chosen: list[str]) -> results.Results:
+def _measure(plan: measure.Plan, chosen: list[str]) -> results.Results:
     from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
     measurement = measure.Measurement(plan)
@@ -237,14 +273,19 @@ def _measure(plan: measure.Plan, terminal: Console, chosen: list[str]) -> result
         machine.raise_descriptor_limit(max(plan.routes) * len(measurement.designs))
     rows: list[results.Row] = []
     further: list[results.Scenario] = []
-    with report.progress_bar(terminal) as bar:
+    with report.progress_bar() as bar:
         task = bar.add_task("", total=1.0)
 
         def progress(part: float, text: str) -> None:
             bar.update(task, completed=part, description=text)
 
-        rows.extend(results.row(cell) for cell in measurement.cells(progress))
-        for name in chosen:
-            bar.update(task, description=name)
-            further += scenarios.ALL[name](plan.backend, min(1.0, plan.seconds))
-    return results.results(plan, rows, further)
+        complete = False
+        # What Ctrl-C interrupts is left out; what was measured before is not.
+        with suppress(KeyboardInterrupt):
+            for cell in measurement.cells(progress):
+                rows.append(results.row(cell))  # noqa: PERF401 -- those before a Ctrl-C stay
+            for name in chosen:
+                bar.update(task, description=name)
+                further += scenarios.ALL[name](plan.backend, min(1.0, plan.seconds))
+            complete = True
+    return results.results(plan, rows, further, complete=complete)

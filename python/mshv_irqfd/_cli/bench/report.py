@@ -25,10 +25,11 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=WIDTH)
 
 
-def progress_bar(terminal: Console) -> Progress:
-    """A progress bar, removed at the end."""
+def progress_bar() -> Progress:
+    """A progress bar on standard error, removed at the end. Shows nothing where that is not a terminal."""
+    terminal = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    return Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
+    return Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True, disable=not terminal.is_terminal)
 
 
 def time(nanoseconds: float) -> str:
@@ -88,6 +89,8 @@ def show(terminal: Console, run: Results) -> None:
     )
     for workload in dict.fromkeys(row["workload"] for row in run["rows"]):
         terminal.print(table(workload, [row for row in run["rows"] if row["workload"] == workload]))
+    if not run.get("complete", True):
+        terminal.print("Ctrl-C ended this run: what had been measured by then.")
     if run["scenarios"]:
         shown = Table(title="scenarios", title_justify="left")
         for heading in ("name", "what"):

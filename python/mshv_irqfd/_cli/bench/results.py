@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from mshv_irqfd._cli.bench import designs, machine
 from mshv_irqfd._cli.bench.measure import interval
@@ -66,6 +66,8 @@ class Results(TypedDict):
     settings: dict[str, object]
     rows: list[Row]
     scenarios: list[Scenario]
+    complete: NotRequired[bool]
+    """False if Ctrl-C ended the run; older results do not say."""
 
 
 class UnreadableError(Exception):
@@ -116,14 +118,15 @@ def is_compared(design: str, other: str) -> bool:
     return not is_ours(other) or (design == designs.OURS[0] != other)
 
 
-def results(plan: Plan, rows: list[Row], scenarios: list[Scenario]) -> Results:
-    """A whole run."""
+def results(plan: Plan, rows: list[Row], scenarios: list[Scenario], *, complete: bool) -> Results:
+    """A run."""
     return {
         "format": FORMAT,
         "machine": machine.describe(),
         "settings": asdict(plan),
         "rows": rows,
         "scenarios": scenarios,
+        "complete": complete,
     }
 
 

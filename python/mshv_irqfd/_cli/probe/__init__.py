@@ -2,7 +2,8 @@
 
 Each row runs on its own partition, and its result is compared with this package's expectation. Exit status 0: every row
 is as expected; 1: some differ, so the package's guarantees may not hold on this kernel; 2: no row could run. On the
-root scheduler of the Microsoft Hypervisor, interrupts take another path, which the probe does not observe.
+root scheduler of the Microsoft Hypervisor, interrupts take another path, which the probe does not observe. Ctrl-C ends
+the probe with the rows found so far, and exit status 130.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from mshv_irqfd import HypervisorUnavailableError
+from mshv_irqfd._cli import progress
 from mshv_irqfd._cli.probe import rows
-from mshv_irqfd._cli.probe.finding import show
+from mshv_irqfd._cli.probe.finding import Finding, show
 from mshv_irqfd._cli.probe.torn_pushes import count_torn
 from mshv_irqfd._core import RawPartition
 
@@ -72,10 +74,22 @@ def run(options: Namespace) -> int:
     if not chosen:
         sys.stderr.write(f"no row has {options.only!r} in its first line\n")
         return 2
-    findings = [rows.measure(row, options, device) for row in chosen]
-    findings += count_torn(options, device)
+    findings: list[Finding] = []
+    try:
+        for number, row in enumerate(chosen, start=1):
+            progress.show(f"{number} of {len(chosen)}: {row.done}")
+            findings.append(rows.measure(row, options, device))
+        for quiesce in (False, True) if options.torn_pushes else ():
+            count_torn(options, device, findings, quiesce=quiesce)
+    except KeyboardInterrupt:
+        ended = progress.INTERRUPTED
+    else:
+        ended = int(any(finding.differs for finding in findings))
+    finally:
+        progress.clear()
     if options.json:
         found = {
+            "complete": ended != progress.INTERRUPTED,
             "backend": options.backend,
             "kernel": platform.release(),
             "rows": [asdict(finding) for finding in findings],
@@ -83,4 +97,6 @@ def run(options: Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         show(findings, options.backend)
-    return int(any(finding.differs for finding in findings))
+    if ended == progress.INTERRUPTED:
+        sys.stderr.write(f"interrupted after {len(findings)} rows\n")
+    return ended

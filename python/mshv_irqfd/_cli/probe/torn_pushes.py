@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from mshv_irqfd._cli import progress
 from mshv_irqfd._cli.probe.finding import UNSEEN, Finding
 from mshv_irqfd._cli.probe.scene import GSI, MSI, RECORD, VECTOR, Scene
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
+SLICE = 0.5
+"""Seconds between two looks for Ctrl-C."""
 
 
 class Torn(threading.Thread):
@@ -58,24 +63,30 @@ class Torn(threading.Thread):
             self.count += sum(vector != VECTOR for _, _, _, vector, _ in RECORD.iter_unpack(data))
 
 
-def count_torn(options: Namespace, device: str) -> list[Finding]:
-    """Signals during pushes, without and with quiescing, and counts the signals that raise another interrupt."""
-    if not options.torn_pushes:
-        return []
-    findings = []
-    for quiesce in (False, True):
-        with closing(Scene(options, device)) as scene:
-            torn = Torn(scene)
-            event = scene.armed()
-            torn.start()
-            pushes, signals = scene.partition.push_while_signalling([MSI], event, GSI, quiesce, options.torn_pushes)
+def count_torn(options: Namespace, device: str, findings: list[Finding], *, quiesce: bool) -> None:
+    """Signals during pushes, with or without quiescing, and counts the signals that raise another interrupt.
+
+    Adds what it found to `findings`, also if Ctrl-C ends it.
+    """
+    seconds: float = options.torn_pushes
+    pushes = signals = 0
+    with closing(Scene(options, device)) as scene:
+        torn = Torn(scene)
+        event = scene.armed()
+        seen = not scene.mshv or scene.observer is not None
+        torn.start()
+        end = time.monotonic() + seconds
+        try:
+            while (left := end - time.monotonic()) > 0:
+                progress.show(f"counting torn signals{', quiesced' if quiesce else ''}: {left:.0f} s left")
+                more = scene.partition.push_while_signalling([MSI], event, GSI, quiesce, min(left, SLICE))
+                pushes, signals = pushes + more[0], signals + more[1]
+        finally:
             count = torn.stop()
-            seen = not scene.mshv or scene.observer is not None
-        done = f"signals while another thread pushes an unchanged table{', quiesced' if quiesce else ''}"
-        found = f"{count} torn in {pushes} pushes and {signals} signals" if seen else UNSEEN
-        if torn.overflowed:
-            found += "; the observer overflowed, so there may be more"
-        # Without quiescing the count depends on timing and cannot fail. It shows why mshv is quiesced by default.
-        expected = "none torn" if quiesce or not scene.mshv else "some torn"
-        findings.append(Finding(done, expected, found, differs=expected == "none torn" and seen and count > 0))
-    return findings
+            done = f"signals while another thread pushes an unchanged table{', quiesced' if quiesce else ''}"
+            found = f"{count} torn in {pushes} pushes and {signals} signals" if seen else UNSEEN
+            if torn.overflowed:
+                found += "; the observer overflowed, so there may be more"
+            # Without quiescing the count depends on timing and cannot fail. It shows why mshv is quiesced by default.
+            expected = "none torn" if quiesce or not scene.mshv else "some torn"
+            findings.append(Finding(done, expected, found, differs=expected == "none torn" and seen and count > 0))
