@@ -358,7 +358,7 @@ fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused
             (Arc::clone(&scene.partition), Arc::clone(&scene.partition), Arc::clone(&scene.partition));
         let restored = Arc::new(std::sync::OnceLock::new());
         let keep = Arc::clone(&restored);
-        let restore = Box::new(move || {
+        let restore: Act = Box::new(move || {
             let route = |gsi| RouteState { gsi, masked: false, msi: Some(msi(0x61).into()), pending: true };
             let state = PartitionState { routes: vec![route(26), route(27)] };
             if let Ok(routes) = partition.restore(&state, &[], false) {
