@@ -336,7 +336,7 @@ fn saving_beside_changes_and_signals_loses_nothing_and_sees_no_half_of_a_batch()
     tried(|| {
         let scene = scene(2);
         let partition = Arc::clone(&scene.partition);
-        let save = Box::new(move || {
+        let save: Act = Box::new(move || {
             let saved = partition.save().unwrap().routes;
             let vectors: Vec<_> = saved.iter().map(|route| route.msi.unwrap().data).collect();
             assert!([[0x41, 0x42], [0x51, 0x52]].contains(&[vectors[0], vectors[1]]), "{vectors:x?}");
@@ -366,7 +366,7 @@ fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused
             }
         });
         let make = Box::new(move || drop(maker.new_route(None)));
-        together([restore, make, scene.signal(0), Box::new(move || closer.close().unwrap()) as Act]);
+        together([restore, make, scene.signal(0), Box::new(move || closer.close().unwrap())]);
         let routes = restored.get().into_iter().flat_map(BTreeMap::values);
         assert!(routes.into_iter().all(IrqFdRoute::is_closed));
         assert!(scene.guest.kernel(|kernel| kernel.irqfds.is_empty()));
