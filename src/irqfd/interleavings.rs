@@ -330,7 +330,7 @@ fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused
             }
         });
         let make = Box::new(move || drop(maker.new_route(None)));
-        together([restore, make, scene.signal(0), Box::new(move || closer.close().unwrap())]);
+        together([restore, make, Box::new(move || closer.close().unwrap())]);
         let routes = restored.get().into_iter().flat_map(BTreeMap::values);
         assert!(routes.into_iter().all(IrqFdRoute::is_closed));
         assert!(scene.guest.kernel(|kernel| kernel.irqfds.is_empty()));
