@@ -366,24 +366,40 @@ def test_while_a_route_is_armed_its_signals_are_the_guests(guest: Guest, run: Ru
         assert route.consume_pending()
 
 
-def test_a_wait_goes_over_to_the_eventfd_that_takes_the_place_of_the_old_one(
-    guest: Guest, theirs: int, run: Run
-) -> None:
-    with guest.partition.new_irqfd_route() as route:
+def test_a_wait_goes_on_with_another_eventfd_of_the_route(guest: Guest, run: Run) -> None:
+    with guest.partition.new_irqfd_route() as route, EventFd() as new:
 
         async def main() -> None:
-            for wait in (route.wait_pending, route.event.wait):
-                waiting = asyncio.ensure_future(wait())
-                for _ in range(5):
-                    await asyncio.sleep(0)
-                route.set_event(None)
-                for _ in range(5):
-                    await asyncio.sleep(0)
-                route.set_event(theirs)
-                assert not waiting.done()
-                os.eventfd_write(theirs, 2)
-                await waiting
-                route.consume_pending()
+            (pending,) = await waiting(route.wait_pending())
+            (counted,) = await waiting(route.event.wait())
+            route.set_event(new)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not pending.done()
+            assert not counted.done()
+            new.signal()
+            await asyncio.wait((pending, counted), return_when=asyncio.FIRST_COMPLETED)
+            new.signal()
+            await asyncio.gather(pending, counted)
+
+        run(main())
+
+
+def test_a_wait_follows_its_route_when_the_eventfd_moves_to_another(guest: Guest, run: Run) -> None:
+    first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    with first, second:
+
+        async def main() -> None:
+            tasks = await waiting(first.wait_pending(), second.wait_pending())
+            with EventFd.from_fd(first) as moved:
+                with guest.partition.batch() as batch:
+                    batch.set_event(first, None)
+                    batch.set_event(second, moved)
+                moved.signal()
+            await tasks[1]
+            assert not tasks[0].done()
+            first.signal()
+            await tasks[0]
 
         run(main())
 
