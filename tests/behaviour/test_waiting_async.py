@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import os
 import resource
 import threading
 from collections import Counter
@@ -363,6 +364,28 @@ def test_while_a_route_is_armed_its_signals_are_the_guests(guest: Guest, run: Ru
 
         run(main())
         assert route.consume_pending()
+
+
+def test_a_wait_goes_over_to_the_eventfd_that_takes_the_place_of_the_old_one(
+    guest: Guest, theirs: int, run: Run
+) -> None:
+    with guest.partition.new_irqfd_route() as route:
+
+        async def main() -> None:
+            for wait in (route.wait_pending, route.event.wait):
+                waiting = asyncio.ensure_future(wait())
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                route.set_event(None)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                route.set_event(theirs)
+                assert not waiting.done()
+                os.eventfd_write(theirs, 2)
+                await waiting
+                route.consume_pending()
+
+        run(main())
 
 
 def test_a_vectors_pending_bit_can_be_waited_for(guest: Guest, run: Run) -> None:
