@@ -47,6 +47,7 @@ AFTER = re.compile(r"<!-- after: (\S+) -->")
 BENCH = re.compile(r"^\$ .*?mshv-irqfd bench ([^\n]*)", re.MULTILINE)
 OUTPUT = {"output", ""}
 FORGIVING = doctest.ELLIPSIS
+WRAPPED = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE  # programs fold their help to the terminal
 TIMEOUT = 120
 PLAIN = {"COLUMNS": "80", "NO_COLOR": "1", "PYTEST_ADDOPTS": "-p no:run-parallel"}
 """A terminal of 80 columns, and pytest without the plugin of this project's own suite that prints a line of its own."""
@@ -150,7 +151,7 @@ def session(text: str) -> str | None:
             env={**os.environ, "PATH": path, **PLAIN},
         )
         shown = part[command.end() :]
-        if problem := compare(shown, done.stdout) if shown.strip() else None:
+        if problem := compare(shown, done.stdout, WRAPPED) if shown.strip() else None:
             return f"$ {command[0]}{problem}"
         if done.returncode and not shown.strip():
             return f"$ {command[0]}fails with status {done.returncode}:\n{done.stdout}"
@@ -164,13 +165,13 @@ def shortened(text: str, backend: str) -> str:
     return "".join(f"$ mshv-irqfd bench {options} {instant} --plot out.svg\n" for options in BENCH.findall(joined))
 
 
-def compare(shown: str, printed: str) -> str | None:
+def compare(shown: str, printed: str, flags: int = FORGIVING) -> str | None:
     """What is wrong with the output that a page shows."""
     checker, example = doctest.OutputChecker(), doctest.Example("", shown.rstrip() + "\n")
     printed = printed.rstrip() + "\n"
-    if checker.check_output(example.want, printed, FORGIVING):
+    if checker.check_output(example.want, printed, flags):
         return None
-    return checker.output_difference(example, printed, FORGIVING)
+    return checker.output_difference(example, printed, flags)
 
 
 def known(text: str, file: Path) -> str | None:
