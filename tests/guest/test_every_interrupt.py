@@ -32,7 +32,7 @@ VECTORS: Final = 8
 """The number of vectors of a route. No two routes share one."""
 FIRST_VECTOR: Final = 0x20
 FEWEST: Final = 20
-"""The fewest changes of each kind, and signals that overlap one: a busy machine may keep the changing thread waiting."""
+"""The fewest changes of each kind, and signals that overlap one: a busy machine may make the changing thread wait."""
 MASKED: Final = 3
 """The most routes that are masked at a time."""
 
