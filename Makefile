@@ -13,6 +13,9 @@ SOAKED := $(FAULTS) tests/processes/test_leaks.py tests/processes/test_races.py
 # Seconds of the storm in `make soak`, on each backend and scheduler.
 SOAK_STORM ?= 600
 STORM := tests/model/test_storm.py
+# Interrupts that a guest of KVM takes and accounts for, in each mode of a partition.
+SOAK_TAKEN ?= 1000000
+TAKEN := tests/guest/test_every_interrupt.py
 # Random walks of the Rust core, passed to proptest as PROPTEST_CASES.
 SOAK_WALKS ?= 100000
 # Seconds for each fuzz target.
@@ -40,11 +43,11 @@ test: build-dev ## Run every test: Rust's, then Python's on every backend of thi
 	cargo test --quiet --locked
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-programs: ## Install the programs that tests put on the other end of an eventfd: QEMU and its storage daemon
-	{ command -v qemu-storage-daemon && command -v qemu-system-x86_64; } >/dev/null || \
+programs: ## Install the programs that tests run: QEMU and its storage daemon, and binutils for the guest
+	{ command -v qemu-storage-daemon && command -v qemu-system-x86_64 && command -v ld; } >/dev/null || \
 		{ test "$$(id -u)" = 0 && apt-get -q update && \
-			apt-get -qy install --no-install-recommends qemu-system-common qemu-system-x86; } || \
-		{ echo "needs qemu-storage-daemon, qemu-system-x86_64: apt install qemu-system-common qemu-system-x86"; exit 1; }
+			apt-get -qy install --no-install-recommends qemu-system-common qemu-system-x86 binutils; } || \
+		{ echo "needs qemu-storage-daemon, qemu-system-x86_64, ld: apt install qemu-system-common qemu-system-x86 binutils"; exit 1; }
 
 # Thread-unsafe tests are skipped here; `make test` runs them. The races start their own threads: one round of each is
 # enough beside the other tests.
@@ -67,6 +70,7 @@ soak: export MSHV_IRQFD_STORM := $(SOAK_STORM)
 soak: build-dev ## Run the model test, a storm and every failure at length, on every backend and in Rust, and print the counts
 	MSHV_IRQFD_BACKENDS=simulated MSHV_IRQFD_MODEL=$(SOAK_SIMULATED) $(RUN) -m pytest -rP -k simulated $(FAULTS) $(STORM)
 	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_MODEL=$(SOAK_KVM) $(RUN) -m pytest -rP -k "kvm or adopted" $(FAULTS) $(STORM)
+	MSHV_IRQFD_BACKENDS=kvm MSHV_IRQFD_TAKEN=$(SOAK_TAKEN) $(RUN) -m pytest -rP -k kvm $(TAKEN)
 	lab/build
 	for scheduler in core root; do \
 		MSHV_IRQFD_BACKENDS=mshv MSHV_IRQFD_MODEL=$(SOAK_MSHV) lab/run --scheduler $$scheduler --timeout 3600 \

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 SECTOR = 512
 HEADER = struct.Struct("<IIQ")
 """Kind, a reserved word, and the first sector."""
-LINKS = 3
-"""Descriptors of a request: header, data, status."""
+CHAIN = 4
+"""Descriptors for a request, of which it uses three: header, data, status."""
 LONGEST = 16 * 1024
 """The most bytes that a request moves."""
+DATA = 4096
+"""Where a request's data begins in its memory. Header and status come first."""
 GUEST_ADDRESS = 0x4000_0000
 NOT_DONE = 0xFF
 CAPACITY = struct.Struct("<Q")
@@ -58,7 +60,7 @@ class Disk:
         kick: the eventfd of the guest's doorbell, as `Partition.ioeventfd()` makes it.
         call: the eventfd of the route that the device signals.
         notify: writes to the doorbell, as the guest does.
-        depth: how many requests can be in flight, a power of two up to 4096.
+        depth: how many requests can be in flight, a power of two up to 8192.
 
     Raises:
         OSError, BackEndError: the process cannot be reached, or lacks a feature.
@@ -77,33 +79,33 @@ class Disk:
         """By first descriptor: the request's number, kind, first sector and number of bytes."""
         self._kick, self._notify = kick, notify
         self._submitted = 0
-        self._left: list[Done] = []
         self._front: FrontEnd | None = None
-        ring_size = 4 * depth
-        pages = 4096 * (1 + ring_size * 32 // 4096)
-        self._slot_size = 4096 + LONGEST
-        self._memory = Memory(GUEST_ADDRESS, pages + depth * self._slot_size)
-        self._slots = GUEST_ADDRESS + pages
-        self._free = list(range(depth))
+        # The ring comes first, with room for 32 bytes a descriptor; then each request's memory.
+        self._requests = GUEST_ADDRESS + 4096 + 32 * CHAIN * depth // 4096 * 4096
+        self._memory = Memory(GUEST_ADDRESS, self._place(CHAIN * depth) - GUEST_ADDRESS)
+        self._free = [CHAIN * number for number in range(depth)]
         try:
-            self._ring = Ring(self._memory, ring_size)
+            self._ring = Ring(self._memory, CHAIN * depth)
             self.connect(path, call=call)
         except BaseException:
             self.close()
             raise
 
+    def _place(self, first: int) -> int:
+        """The memory of the request whose first descriptor this is."""
+        return self._requests + first // CHAIN * (DATA + LONGEST)
+
     def connect(self, path: str | os.PathLike[str], *, call: HasFileno) -> None:
         """Connects to the device's process: the first time, or after `disconnect()`, or to one in place of a dead one.
 
         Nobody else may be at work on the queue. A process that dies takes its knowledge of the requests in flight with
-        it, so they are submitted again, oldest first: the queue starts anew. (A guest's own driver does this when the
-        device tells that it needs a reset. If the process has the protocol's INFLIGHT_SHMFD, which Debian 12's
-        qemu-storage-daemon has not, the guest need not know.)
+        it, so the queue starts anew, and all that the driver has not seen done are submitted again, oldest first. Those
+        that were done, but perhaps without an interrupt, are done twice, which does a disk no harm.
 
-        A process may die between a request's end and the interrupt for it. So look at `done()` afterwards.
+        A guest's own driver does all this when the device tells that it needs a reset. If the process has the
+        protocol's INFLIGHT_SHMFD, the guest need not know; Debian 12's qemu-storage-daemon has not.
         """
         self.disconnect()
-        self._left += self._take_done()
         front = FrontEnd(path)
         try:
             (self.sectors,) = CAPACITY.unpack(front.config(CAPACITY.size))
@@ -151,14 +153,12 @@ class Disk:
             raise ValueError(f"{size} bytes: must be whole sectors of {SECTOR} bytes, at most {LONGEST} bytes")
         if not self._free:
             raise ValueError(f"{len(self.in_flight)} requests are in flight already, which is all that fit")
-        slot = self._free.pop()
-        # A slot has four descriptors, of which three are used, and a page and LONGEST bytes of memory.
-        first, place = 4 * slot, self._slots + slot * self._slot_size
-        status, buffer = place + HEADER.size, place + 4096
-        self._memory.write(place, HEADER.pack(kind, 0, sector))
-        self._memory.write(status, bytes([NOT_DONE]))
-        self._memory.write(buffer, data)
-        body = [Buffer(buffer, size, device_writes=kind == Kind.READ)] if size else []
+        first = self._free.pop()
+        place = self._place(first)
+        status = place + HEADER.size
+        self._memory.write(place, HEADER.pack(kind, 0, sector) + bytes([NOT_DONE]))
+        self._memory.write(place + DATA, data)
+        body = [Buffer(place + DATA, size, device_writes=kind == Kind.READ)] if size else []
         self._ring.describe(first, [Buffer(place, HEADER.size), *body, Buffer(status, 1, device_writes=True)])
         number = self._submitted
         self.in_flight[first] = (number, kind, sector, size)
@@ -174,18 +174,13 @@ class Disk:
 
     def done(self) -> list[Done]:
         """Takes the requests that the device is done with. A driver looks here when it is interrupted."""
-        left, self._left = self._left, []
-        return left + self._take_done()
-
-    def _take_done(self) -> list[Done]:
         taken = []
         for first, _ in self._ring.take_used():
             number, kind, sector, size = self.in_flight.pop(first)
-            slot = first // 4
-            place = self._slots + slot * self._slot_size
+            place = self._place(first)
             (status,) = self._memory.read(place + HEADER.size, 1)
-            data = self._memory.read(place + 4096, size) if kind == Kind.READ else b""
-            self._free.append(slot)
+            data = self._memory.read(place + DATA, size) if kind == Kind.READ else b""
+            self._free.append(first)
             taken.append(Done(number, kind, sector, data, status))
         return taken
 

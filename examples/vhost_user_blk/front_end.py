@@ -87,8 +87,8 @@ class FrontEnd:
         timeout: how long to wait for an answer, in seconds.
 
     Raises:
-        OSError: nobody listens there.
-        BackEndError: the device lacks a feature that is needed here.
+        OSError: nobody listens there, or the connection breaks. Every method raises this.
+        BackEndError: the device lacks a feature that is needed here, refuses a message, or goes away.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 60.0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, cast, overload
 
 from mshv_irqfd import _core, _interrupts
 from mshv_irqfd._describe import Description
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from mshv_irqfd._core import HasFileno
     from mshv_irqfd._interrupts import Expected
     from mshv_irqfd.values import Interrupt
-
-_SimulatedCall: TypeAlias = Literal[
-    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
-]
-"""The calls into the simulated kernel that can be made to fail."""
 
 DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs, above the 24 that are IOAPIC pins by convention."""
@@ -186,6 +181,7 @@ class KvmPartition(Partition):
 
         Raises:
             MissingInterruptError: not all have arrived in time. It says which are missing and what did arrive.
+            io.UnsupportedOperation: a guest runs on the vCPUs; see `take_interrupts()`.
             ValueError, TypeError: an argument is invalid.
         """
         wanted = _interrupts.expected_interrupts(expected, count, counted=False)
@@ -272,7 +268,14 @@ class SimulatedPartition(Partition):
 
     def fail(
         self,
-        call: _SimulatedCall,
+        call: Literal[
+            "set_msi_routing",
+            "assign_irqfd",
+            "deassign_irqfd",
+            "assign_ioeventfd",
+            "deassign_ioeventfd",
+            "signal_msi",
+        ],
         errno: int,
         *,
         after: int = 0,

@@ -36,9 +36,9 @@ from mshv_irqfd.handles import KvmPartition, Partition, SimulatedPartition, open
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Literal
 
     from mshv_irqfd._interrupts import Expected
-    from mshv_irqfd.handles import _SimulatedCall
     from mshv_irqfd.values import Interrupt
 
 __all__ = ["BACKENDS", "available_backends", "expect", "expect_nothing", "failing", "unavailable"]
@@ -134,7 +134,19 @@ def expect_nothing(partition: Partition) -> None:
 
 @contextmanager
 def failing(
-    partition: SimulatedPartition, call: _SimulatedCall, errno: int, *, after: int = 0, times: int = 1
+    partition: SimulatedPartition,
+    call: Literal[
+        "set_msi_routing",
+        "assign_irqfd",
+        "deassign_irqfd",
+        "assign_ioeventfd",
+        "deassign_ioeventfd",
+        "signal_msi",
+    ],
+    errno: int,
+    *,
+    after: int = 0,
+    times: int = 1,
 ) -> Iterator[None]:
     """Makes calls into a simulated kernel fail within a `with` block, and asserts that they were made.
 
@@ -160,9 +172,7 @@ def failing(
         made = partition.stats().failures - before
         left = max(0, times - made) if partition.closed else partition._clear_faults(call)  # noqa: SLF001
     if left:
-        raise AssertionError(
-            f"{times} of the calls {call!r} were to fail after {after}, but {left} of them were not made"
-        )
+        raise AssertionError(f"{left} of {times} faults of {call} met no call: the block made too few of them")
 
 
 def _telling(partition: Partition) -> SimulatedPartition | KvmPartition:

@@ -296,6 +296,48 @@ fn batches_over_the_same_routes_end_as_one_of_them() {
 }
 
 #[test]
+fn saving_beside_changes_and_signals_loses_nothing_and_sees_no_half_of_a_batch() {
+    tried(|| {
+        let scene = scene(2);
+        let partition = Arc::clone(&scene.partition);
+        let save = Box::new(move || {
+            let saved = partition.save().unwrap().routes;
+            let vectors: Vec<_> = saved.iter().map(|route| route.msi.unwrap().data).collect();
+            assert!([[0x41, 0x42], [0x51, 0x52]].contains(&[vectors[0], vectors[1]]), "{vectors:x?}");
+        });
+        together([save, scene.commit([1, 0], 0x51, false), scene.signal(0), scene.signal(1)]);
+        scene.check();
+        for at in 0..2 {
+            assert!((1..=2).contains(&scene.delivered(at)));
+            assert!(!scene.routes[at].pending().unwrap());
+        }
+    });
+}
+
+#[test]
+fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused() {
+    tried(|| {
+        let scene = scene(1);
+        let (partition, maker, closer) =
+            (Arc::clone(&scene.partition), Arc::clone(&scene.partition), Arc::clone(&scene.partition));
+        let restored = Arc::new(std::sync::OnceLock::new());
+        let keep = Arc::clone(&restored);
+        let restore = Box::new(move || {
+            let route = |gsi| RouteState { gsi, masked: false, msi: Some(msi(0x61).into()), pending: true };
+            let state = PartitionState { routes: vec![route(26), route(27)] };
+            if let Ok(routes) = partition.restore(&state, &[], false) {
+                assert!(keep.set(routes).is_ok());
+            }
+        });
+        let make = Box::new(move || drop(maker.new_route(None)));
+        together([restore, make, scene.signal(0), Box::new(move || closer.close().unwrap()) as Act]);
+        let routes = restored.get().into_iter().flat_map(BTreeMap::values);
+        assert!(routes.into_iter().all(IrqFdRoute::is_closed));
+        assert!(scene.guest.kernel(|kernel| kernel.irqfds.is_empty()));
+    });
+}
+
+#[test]
 fn a_route_closed_under_its_users_is_closed_and_the_others_work() {
     tried(|| {
         let scene = scene(2);

@@ -1,6 +1,7 @@
 //! The core on a hypervisor that records the calls made to it, watches the rules, and fails as it is told.
 
 mod loading;
+mod saved;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};

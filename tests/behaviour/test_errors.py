@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import mshv_irqfd
 import pytest
 from mshv_irqfd import ClosedError, HypervisorUnavailableError, IrqFdError, MshvIrqFdError, RoutingError, VpError
+from mshv_irqfd.testing import failing
 from support import msi
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ def test_errors_are_also_the_built_in_errors_that_fit() -> None:
 
 
 def test_a_failed_push_names_the_call_the_errno_and_a_hint(simulated: SimulatedGuest) -> None:
-    with simulated.partition.new_irqfd_route() as route:
-        simulated.partition.fail("set_msi_routing", errno.ENOMEM)
-        with pytest.raises(RoutingError, match=r"MSHV_SET_MSI_ROUTING.*out of memory") as failed:
-            route.set_msi(msi(0x41))
+    with (
+        simulated.partition.new_irqfd_route() as route,
+        failing(simulated.partition, "set_msi_routing", errno.ENOMEM),
+        pytest.raises(RoutingError, match=r"MSHV_SET_MSI_ROUTING.*out of memory") as failed,
+    ):
+        route.set_msi(msi(0x41))
     error = failed.value
     assert (error.errno, error.gsi, error.hint) == (errno.ENOMEM, None, "the kernel is out of memory")
     assert error.ioctl is not None
@@ -41,10 +44,12 @@ def test_a_failed_push_names_the_call_the_errno_and_a_hint(simulated: SimulatedG
 
 
 def test_a_failed_arming_names_the_gsi_too(simulated: SimulatedGuest) -> None:
-    with simulated.partition.new_irqfd_route() as route:
-        simulated.partition.fail("assign_irqfd", errno.EIO)
-        with pytest.raises(IrqFdError, match=r"GSI 24.*MSHV_IRQFD") as failed:
-            route.set_msi(msi(0x41))
+    with (
+        simulated.partition.new_irqfd_route() as route,
+        failing(simulated.partition, "assign_irqfd", errno.EIO),
+        pytest.raises(IrqFdError, match=r"GSI 24.*MSHV_IRQFD") as failed,
+    ):
+        route.set_msi(msi(0x41))
     error = failed.value
     assert (error.errno, error.gsi, error.hint) == (errno.EIO, 24, None)
     assert error.ioctl is not None
@@ -62,18 +67,19 @@ def test_a_failed_arming_names_the_gsi_too(simulated: SimulatedGuest) -> None:
 )
 def test_an_error_with_a_known_cause_has_a_hint(simulated: SimulatedGuest, number: int, words: str) -> None:
     with simulated.partition.new_irqfd_route() as route:
-        simulated.partition.fail("assign_irqfd", number)
-        with pytest.raises(IrqFdError, match=words) as failed:
+        with failing(simulated.partition, "assign_irqfd", number), pytest.raises(IrqFdError, match=words) as failed:
             route.set_msi(msi(0x41))
         assert failed.value.hint is not None
         assert words in failed.value.hint
 
 
 def test_an_error_survives_pickling(simulated: SimulatedGuest) -> None:
-    with simulated.partition.new_irqfd_route() as route:
-        simulated.partition.fail("assign_irqfd", errno.EBUSY)
-        with pytest.raises(IrqFdError) as failed:
-            route.set_msi(msi(0x41))
+    with (
+        simulated.partition.new_irqfd_route() as route,
+        failing(simulated.partition, "assign_irqfd", errno.EBUSY),
+        pytest.raises(IrqFdError) as failed,
+    ):
+        route.set_msi(msi(0x41))
     error = failed.value
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is IrqFdError
@@ -82,9 +88,9 @@ def test_an_error_survives_pickling(simulated: SimulatedGuest) -> None:
 
 
 def test_failures_are_counted(simulated: SimulatedGuest) -> None:
-    with simulated.partition.new_irqfd_route() as route:
-        simulated.partition.fail("assign_irqfd", errno.EIO, times=2)
+    partition = simulated.partition
+    with partition.new_irqfd_route() as route, failing(partition, "assign_irqfd", errno.EIO, times=2):
         for failures in (1, 2):
             with pytest.raises(IrqFdError):
                 route.set_msi(msi(0x41))
-            assert simulated.partition.stats().failures == failures
+            assert partition.stats().failures == failures

@@ -7,8 +7,10 @@ looks at the queue only when it is interrupted, so a lost interrupt stops it.
 from __future__ import annotations
 
 import random
+import socket
+import struct
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from needs import need_program
 from support import msi, unique, until
 from vhost_user_blk.daemon import PROGRAM, StorageDaemon
 from vhost_user_blk.disk import SECTOR, Kind
+from vhost_user_blk.front_end import BackEndError, FrontEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -248,7 +251,6 @@ def test_daemons_killed_under_load_lose_no_request_and_no_interrupt(machine: Mac
                 driver.submit_any(chance)
             machine.storage.start()
             driver.connect(route)
-            driver.take_done()
         driver.finish()
     machine.check(*MESSAGES)
 
@@ -267,3 +269,87 @@ def test_what_a_killed_daemon_signalled_while_masked_still_waits(machine: Machin
     machine.driver.connect(machine.route)
     machine.quiet()
     machine.check()
+
+
+def test_a_daemon_that_is_connected_to_again_under_load_loses_nothing(machine: Machine) -> None:
+    chance = random.Random(6)
+    for _ in range(6):
+        machine.driver.load(chance.randrange(1, 60), chance)
+        assert machine.driver.disk.in_flight
+        machine.driver.disk.disconnect()
+        machine.driver.connect(machine.route)
+    machine.check()
+
+
+@pytest.mark.parametrize("depth", [3, 16384])
+def test_a_depth_that_no_ring_has_is_refused(machine: Machine, depth: int) -> None:
+    with pytest.raises(ValueError, match=f"a ring of {4 * depth} descriptors"):
+        DiskDriver(machine.guest, machine.doorbell, machine.storage.path, machine.route, depth=depth)
+    machine.check()
+
+
+def test_requests_that_do_not_fit_are_refused(machine: Machine) -> None:
+    disk = machine.driver.disk
+    for data, told in ((b"1", "1 bytes"), (bytes(SECTOR * 33), "16896 bytes")):
+        with pytest.raises(ValueError, match=told):
+            disk.submit(Kind.WRITE, 0, data)
+    machine.storage.kill()
+    while not disk.full:
+        machine.submit_read()
+    with pytest.raises(ValueError, match="8 requests are in flight"):
+        disk.submit(Kind.FLUSH)
+    with pytest.raises(BrokenPipeError):
+        disk.set_call(machine.route)
+    disk.disconnect()
+    with pytest.raises(BackEndError, match="connect first"):
+        disk.set_call(machine.route)
+    machine.storage.start()
+    machine.driver.connect(machine.route)
+    machine.check()
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([], "went away at GET_FEATURES"),
+        ([struct.pack("<IIIQ", 2, 5, 8, 0)], "answered GET_FEATURES with 2"),
+        ([struct.pack("<IIIQ", 1, 1, 8, 0)], "answered GET_FEATURES with 1, flags 0x1"),
+        ([struct.pack("<IIIQ", 1, 5, 1 << 20, 0)], "1048576 bytes"),
+        ([struct.pack("<IIIQ", 1, 5, 8, 1 << 32)], "lacks features 0x40000000"),
+        (
+            [struct.pack("<IIIQ", 1, 5, 8, 3 << 30 | 1 << 32), struct.pack("<IIIQ", 15, 5, 8, 8)],
+            "lacks protocol .* 0x200",
+        ),
+    ],
+)
+def test_a_device_that_does_not_speak_the_protocol_is_told_apart(
+    tmp_path: Path, answers: list[bytes], told: str
+) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                for answer in answers:
+                    client.recv(4096)
+                    client.send(answer)
+                client.shutdown(socket.SHUT_WR)
+                # The front end may close before it has read everything.
+                with suppress(ConnectionResetError):
+                    while client.recv(4096):
+                        pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            with pytest.raises(BackEndError, match=told):
+                FrontEnd(tmp_path / "socket")
+        finally:
+            thread.join()
+
+
+def test_a_socket_where_nobody_listens_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        FrontEnd(tmp_path / "socket")

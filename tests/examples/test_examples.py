@@ -1,4 +1,4 @@
-"""The examples run as `examples/README.md` says, and print what it shows."""
+"""The examples run as `examples/README.md` says, and print what it shows. Tests of the lab run those that need it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ README = PROJECT / "examples" / "README.md"
 EXAMPLES = dict(re.findall(r"^```console\n\$ python (.*)\n((?:.*\n)*?)```$", README.read_text(), re.MULTILINE))
 PROGRAMS = {"-m examples.vhost_user_blk": "qemu-storage-daemon"}
 """What an example needs."""
-ON_KVM = ["examples/minimal_device.py", "-m examples.vhost_user_blk"]
+ON_KVM = ["examples/minimal_device.py", "examples/async_device.py", "-m examples.vhost_user_blk"]
 
 
 def output(*words: str) -> str:
@@ -41,7 +41,7 @@ def test_an_example_prints_the_same_on_kvm(example: str) -> None:
     assert output(*example.split(), "kvm") == EXAMPLES[example]
 
 
-def test_the_readme_lists_and_runs_every_example() -> None:
+def test_the_readme_lists_every_example() -> None:
     there = {path.name for path in README.parent.iterdir()} - {README.name, "__pycache__"}
     listed = {name.rstrip("/") for name in re.findall(r"^\| `(\S+)` \|", README.read_text(), re.MULTILINE)}
     assert listed == there

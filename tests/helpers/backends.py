@@ -10,7 +10,16 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mshv_irqfd import DeliveryMode, Interrupt, KvmPartition, MsiRoute, Partition, SimulatedPartition, open_partition
+from mshv_irqfd import (
+    DeliveryMode,
+    Interrupt,
+    KvmPartition,
+    MsiRoute,
+    Partition,
+    SimulatedPartition,
+    open_partition,
+    testing,
+)
 from mshv_irqfd._guest import CountingGuest, GuestOfPartition
 from support import PATIENCE, until
 
@@ -48,13 +57,9 @@ def required(name: str) -> bool:
 
 def unavailable(name: str) -> str | None:
     """The reason why a backend can't be tested here, with the remedy; None if it can."""
-    if name == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return "needs /dev/kvm and access to it: turn virtualization on, load kvm_intel or kvm_amd, join group kvm"
-    if name == "mshv" and not Path("/dev/mshv").exists():
-        return "needs /dev/mshv: run `make lab`"
     if name == "mshv" and not Path("/dev/hvstub").exists():
-        return "needs /dev/hvstub, which reports the interrupts: run `make lab`"
-    return None
+        return "needs /dev/mshv and /dev/hvstub, which reports the interrupts: run `make lab`"
+    return testing.unavailable(name)
 
 
 class Guest(ABC):

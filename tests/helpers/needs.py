@@ -9,8 +9,8 @@ import backends
 import faults as faults_
 import pytest
 
-PROGRAMS = {"qemu-storage-daemon": "qemu-system-common", "qemu-system-x86_64": "qemu-system-x86"}
-"""The programs at the other end of an eventfd, and Debian's packages of them."""
+PROGRAMS = {"qemu-storage-daemon": "qemu-system-common", "qemu-system-x86_64": "qemu-system-x86", "ld": "binutils"}
+"""The programs that tests run, those at the other end of an eventfd among them, and Debian's packages of them."""
 
 SELECTION = "MSHV_IRQFD_PROGRAMS"
 """The environment variable that lists programs, with commas between. A test of a listed one is never skipped."""

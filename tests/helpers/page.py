@@ -7,12 +7,14 @@
 | `console` | run by a shell: what follows a `$ `, and the output shown below it is compared |
 | `output`, or none | compared with what the `python` block before it printed; `...` stands for anything |
 | `json`, `toml` without a title | parsed |
+| `sh` | commands of the Makefile, which are only looked up there |
 
 A comment before a fence says what else it needs: `<!-- needs: kvm -->` runs it where that backend is, and
 `<!-- needs: qemu-storage-daemon -->` where that program is. The examples can be imported. A command that
 sets a machine up is not run again: `<!-- in: Makefile -->` demands that each command of the fence is in that file of
 the project, or, for `make VERB`, that the verb exists. A measurement of minutes is run for an instant, on another
-backend: `<!-- shortened: simulated -->`.
+backend: `<!-- shortened: simulated -->`. A page that goes on where another one ends begins with that one's files:
+`<!-- after: device-model.md -->`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[2]
 INFO = re.compile(r'(?P<language>[\w-]*)(?: title="(?P<title>[^"]+)")?(?P<rest>[^\n]*)\n')
 REMARK = re.compile(r"<!-- (?P<key>needs|in|shortened): (?P<value>\S+) -->\s*$")
+AFTER = re.compile(r"<!-- after: (\S+) -->")
 BENCH = re.compile(r"^\$ .*?mshv-irqfd bench ([^\n]*)", re.MULTILINE)
 OUTPUT = {"output", ""}
 FORGIVING = doctest.ELLIPSIS
@@ -172,7 +175,7 @@ def compare(shown: str, printed: str) -> str | None:
 
 def known(text: str, file: Path) -> str | None:
     """Which commands are not in a file of the project."""
-    for command in re.findall(r"^\$ (.*)$", text, re.MULTILINE):
+    for command in re.findall(r"^\$ (.+?)(?: +#.*)?$", text, re.MULTILINE):
         if (verb := re.fullmatch(r"make ([\w-]+)(?: [A-Z_]+=.*)?", command)) and file.name == "Makefile":
             if not re.search(rf"^{verb[1]}:.*##", file.read_text(), re.MULTILINE):
                 return f"the Makefile has no {verb[1]}"
@@ -187,6 +190,7 @@ KINDS: dict[str, Callable[[Example], str | None]] = {
     "console": lambda example: session(example.parsed),
     "json": parsed(json.loads),
     "toml": parsed(tomllib.loads),
+    "sh": lambda example: known(re.sub("^", "$ ", example.parsed, flags=re.MULTILINE), PROJECT / "Makefile"),
     "in": lambda example: known(example.parsed, PROJECT / example.region.lexemes["value"]),
     "shortened": lambda example: session(shortened(example.parsed, example.region.lexemes["value"])),
 }
@@ -198,6 +202,10 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))  # as a Python shell has it
     sys.path.append(str(PROJECT / "examples"))
     document = Document.parse(page, snippets)
+    for before in AFTER.findall(document.text):
+        for example in Document.parse(str(Path(page).parent / before), snippets).examples():
+            if kind(example.region.lexemes) == "file":
+                write(example)
     document.namespace |= {"names": {"__name__": "__main__"}, "skipped": False}
     for example in document.examples():
         example.evaluate()

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mshv_irqfd import MsiCapability
 from msi_model import LENGTH, Model
 from needs import need
+from states import carried
 from support import counting
 from test_msix_model import size
 
@@ -117,6 +118,18 @@ class Machine(RuleBasedStateMachine):
     def reset(self) -> None:
         self.device.reset()
         self.model.reset()
+
+    @rule()
+    def save_and_restore(self) -> None:
+        state = carried(self.device.save())
+        self.device.close()
+        with counting(self.guest.partition) as made:
+            self.device = MsiCapability.restore(self.guest.partition, state)
+        assert made.stats.pushes <= 1
+        assert self.device.save() == state
+        # Only a vector that may send can have a fault then.
+        for vector in self.model.vectors:
+            vector.faulty = vector.faulty and vector.live
 
     @rule(offset=st.integers(-4, LENGTH + 4) | st.integers(), width=st.integers(0, 9) | st.sampled_from([16, 2**70]))
     def read_anything(self, offset: int, width: int) -> None:

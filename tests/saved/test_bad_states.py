@@ -19,6 +19,10 @@ from needs import need
 from states import State, carried, everything, kept, new_route
 from support import msi, still_works
 
+pytestmark = pytest.mark.thread_unsafe(
+    reason="each state is restored at the same GSIs, and all open files are looked at"
+)
+
 HUGE = 10**5000
 """Too long for Python to print."""
 
@@ -86,6 +90,12 @@ class Bad(NamedTuple):
     value: object
     error: type[Exception]
     words: str
+
+    @property
+    def name(self) -> str:
+        """A name for the test, without brackets."""
+        value = "huge" if self.value in (HUGE, -HUGE) else "none" if self.value is ... else repr(self.value)[:20]
+        return re.sub(r"\W+", "_", f"{self.kind[11:]} {self.path} {value}").strip("_")
 
 
 BAD: list[tuple[str, str, object, type[Exception], str]] = [
@@ -183,7 +193,7 @@ BAD: list[tuple[str, str, object, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("bad", [Bad(*bad) for bad in BAD], ids=lambda bad: f"{bad.path}:{bad.words[-30:]}")
+@pytest.mark.parametrize("bad", [Bad(*bad) for bad in BAD], ids=lambda bad: bad.name)
 def test_a_bad_state_is_refused_by_the_name_of_the_key_and_changes_nothing(
     guest: Guest, states: dict[str, State], bad: Bad
 ) -> None:
@@ -275,19 +285,23 @@ def close(thing: Any) -> None:
         one.close()
 
 
-@pytest.mark.thread_unsafe(reason="compares the open files of the process")
 @pytest.mark.parametrize("kind", RESTORE)
 @pytest.mark.parametrize("name", ["simulated", "kvm", "mshv"])
 def test_any_changed_state_is_restored_exactly_or_refused_with_nothing_changed(name: str, kind: str) -> None:
     need(name)
     backend = Backend(name)
-    guest = backend.guest(backend.open(vps=2))
+    guest = backend.guest(backend.open(vps=2, gsis=range(24, 64)))
     partition = guest.partition
     original = good(guest)[kind]
     saved: dict[str, Callable[[Any], State]] = {name: type_.save for name, type_ in TYPES.items()}
     restored, refused = [], []
 
-    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=300 if name == "simulated" else 60,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(mutations(original))
     def try_one(state: State) -> None:
         before = everything(partition)
@@ -307,8 +321,8 @@ def test_any_changed_state_is_restored_exactly_or_refused_with_nothing_changed(n
         close(again)
 
     try_one()
-    assert len(refused) > 30
-    assert len(restored) > 10
+    assert len(refused) > 10
+    assert len(restored) > 1
     guest.arrived()
     still_works(guest)
     guest.close()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Open = Callable[..., Guest]
 
+pytestmark = pytest.mark.thread_unsafe(reason="a test has one device, which its fixture makes")
+
 
 def message(vector: int) -> State:
     return {"address": 0xFEE00000, "data": vector}

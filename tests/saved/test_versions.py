@@ -14,6 +14,8 @@ from states import State, gsis, kept, restored
 from support import msi
 
 Open = Callable[..., Guest]
+
+pytestmark = pytest.mark.thread_unsafe(reason="each state is restored at the same GSIs")
 VERSIONS = [1]
 
 
