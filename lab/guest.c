@@ -8,8 +8,9 @@
  *   - unbinds and binds the disk's driver and the bus's (the workers rest meanwhile).
  * Each step waits until the workers have done more I/O. In the end every block is read once more.
  *
- * Prints "guest: NAME NUMBER" for each count, "guest: done" if all went well, and the kernel's warnings as
- * "kernel: TEXT". Numbers of rounds come from the kernel's command line: moves=, masks=, offline=, unbind=.
+ * Prints "guest: begins NAME" before each kind of steps, "guest: NAME NUMBER" for each count, "guest: done" if all went
+ * well, and the kernel's warnings as "kernel: TEXT". The numbers of rounds come from the kernel's command line: moves=,
+ * masks=, offline=, unbind=.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -86,10 +87,13 @@ static double now(void)
 	return time.tv_sec + time.tv_nsec / 1e9;
 }
 
+/* Announces a kind of steps, and returns how many there are. */
 static int rounds(const char *name)
 {
 	const char *value = getenv(name);
 
+	printf("guest: begins %s\n", name);
+	fflush(stdout);
 	return value ? atoi(value) : 0;
 }
 

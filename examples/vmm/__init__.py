@@ -10,6 +10,7 @@
 | `pci.py`, `serial.py` | configuration space, and the console |
 | `kvm.py` | the VM and its vCPUs, by bare ioctls |
 | `boot.py` | Linux's boot protocol |
+| `snapshot.py` | saves a stopped machine, and restores it in another process |
 | `ledger.py` | counts the pushes of the routing table by their reasons |
 
 It needs `/dev/kvm`, and nothing but this package and Python. The guest ends the machine by `reboot`.

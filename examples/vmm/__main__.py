@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 
+from . import snapshot
 from .machine import Machine
 
 # No ACPI: the MP table describes the machine. A reboot or a panic ends in a triple fault, which ends the VMM.
@@ -20,7 +21,7 @@ COMMAND_LINE = "console=ttyS0 acpi=off reboot=t panic=-1"
 def main() -> None:
     """Runs a guest until it reboots."""
     parser = argparse.ArgumentParser(prog="python -m examples.vmm", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kernel", type=Path, required=True, help="a bzImage")
+    parser.add_argument("--kernel", type=Path, help="a bzImage")
     parser.add_argument("--initrd", type=Path, help="an initramfs")
     parser.add_argument(
         "--disk", type=Path, action="append", default=[], help="a file or block device; may be repeated"
@@ -32,8 +33,12 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=2, help="at most 8 (default: 2)")
     parser.add_argument("--memory", type=int, default=256, metavar="MB", help="default: 256")
     parser.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="on SIGUSR2, save the machine here and end")
+    parser.add_argument("--restore", type=Path, metavar="DIR", help="go on with a saved machine; no kernel is needed")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write counts here at the end, as JSON")
     args = parser.parse_args()
+    if (args.kernel is None) == (args.restore is None):
+        parser.error("either --kernel or --restore is needed")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def show(data: bytes) -> None:
@@ -48,9 +53,16 @@ def main() -> None:
             machine.add_disk(file, vectors=vectors or args.cpus + 1)
         if sys.stdin.isatty():
             machine.type_from(sys.stdin.fileno())
-        initrd = args.initrd.read_bytes() if args.initrd else b""
+        if args.restore:
+            snapshot.restore(machine, args.restore)
+        else:
+            initrd = args.initrd.read_bytes() if args.initrd else b""
+            machine.boot(args.kernel.read_bytes(), initrd, f"{COMMAND_LINE} {args.append}")
+        if args.save:
+            signal.signal(signal.SIGUSR2, lambda *_: machine.stop())
         try:
-            machine.run(args.kernel.read_bytes(), initrd, f"{COMMAND_LINE} {args.append}")
+            if not machine.run() and args.save:
+                snapshot.save(machine, args.save)
         finally:
             if args.report:
                 args.report.write_text(json.dumps(report(machine), indent=1))

@@ -76,8 +76,8 @@ class Vm:
     def __init__(self, memory: int) -> None:
         if memory > MEMORY_LIMIT or memory % mmap.PAGESIZE:
             raise ValueError(f"memory of {memory} bytes: at most {MEMORY_LIMIT} bytes, in whole pages")
-        self._kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        self.fd = fcntl.ioctl(self._kvm, KVM_CREATE_VM, 0)
+        self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.fd = fcntl.ioctl(self.kvm, KVM_CREATE_VM, 0)
         fcntl.ioctl(self.fd, KVM_SET_TSS_ADDR, _TSS)
         fcntl.ioctl(self.fd, KVM_CREATE_IRQCHIP)
         fcntl.ioctl(self.fd, KVM_CREATE_PIT2, struct.pack("<I60x", 1))  # with port 0x61, which gates its channel 2
@@ -92,7 +92,7 @@ class Vm:
 
     def vcpu(self, index: int, ports: Bus, mmio: Bus) -> Vcpu:
         """Makes the vCPU with this APIC id. It waits for the guest's start-up message if it is not the first."""
-        return Vcpu(self._kvm, self.fd, index, ports, mmio)
+        return Vcpu(self.kvm, self.fd, index, ports, mmio)
 
     def set_irq(self, pin: int, *, level: bool) -> None:
         """Sets a pin of the interrupt controllers."""
@@ -101,7 +101,7 @@ class Vm:
     def close(self) -> None:
         """Closes the descriptors. The memory goes when nothing refers to it any more."""
         os.close(self.fd)
-        os.close(self._kvm)
+        os.close(self.kvm)
 
 
 class Vcpu:
@@ -131,30 +131,43 @@ class Vcpu:
         registers[4], registers[16], registers[17] = rsi, address, 2
         fcntl.ioctl(self._fd, KVM_SET_REGS, struct.pack("<18Q", *registers))
 
+    def fileno(self) -> int:
+        """The vCPU's descriptor."""
+        return self._fd
+
     def start(self, ended: Callable[[BaseException | None], None]) -> None:
         """Runs the vCPU, and calls `ended` on its thread when the guest has shut down, or with what went wrong."""
         self._thread = threading.Thread(target=self._loop, args=[ended], name=f"vcpu {self.index}")
         self._thread.start()
 
     def stop(self) -> None:
-        """Makes the vCPU leave the guest, waits for its thread, and closes the vCPU."""
+        """Makes the vCPU leave the guest, with no access half done, and waits for its thread."""
         self._stopping = True
         self._run[1] = 1  # immediate_exit: KVM_RUN returns even if the signal comes before it
         if self._thread.is_alive() and self._thread.ident is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
         self._thread.join()
+
+    def close(self) -> None:
+        """Closes the vCPU, which does not run."""
         self._run.close()
         os.close(self._fd)
 
     def _loop(self, ended: Callable[[BaseException | None], None]) -> None:
         try:
-            while not self._stopping:
-                # A signal interrupts KVM_RUN; EAGAIN is a start-up message that has arrived.
-                with contextlib.suppress(InterruptedError, BlockingIOError):
+            while True:
+                try:
+                    # Completes the access before, if there was one, and goes on.
                     fcntl.ioctl(self._fd, KVM_RUN, 0)
-                    if not self._handle_exit():
-                        break
+                except InterruptedError:
+                    if self._stopping:
+                        return
+                    continue
+                except BlockingIOError:  # a start-up message has arrived
+                    continue
+                if not self._handle_exit():
+                    break
         except BaseException as error:  # noqa: BLE001 -- it is the main thread's to raise
             ended(error)
         else:

@@ -40,9 +40,11 @@ class Machine:
         self.bus = pci.PciBus()
         self.disks: list[Disk] = []
         self._loop = selectors.DefaultSelector()
-        self._ended = EventFd()
+        self._stop = EventFd()
+        self._shut_down = False
         self._error: BaseException | None = None
-        self._loop.register(self._ended, selectors.EVENT_READ)
+        self._loop.register(self._stop, selectors.EVENT_READ)
+        self.vcpus = [self.vm.vcpu(index, Ports(self), Mmio(self)) for index in range(cpus)]
 
     def __enter__(self) -> Self:
         return self
@@ -51,8 +53,10 @@ class Machine:
         for disk in self.disks:
             disk.close()
         self._loop.close()
-        self._ended.close()
+        self._stop.close()
         self.partition.close()
+        for vcpu in self.vcpus:
+            vcpu.close()
         self.vm.close()
 
     def add_disk(self, file: int, *, vectors: int) -> Disk:
@@ -84,30 +88,40 @@ class Machine:
 
         self._loop.register(file, selectors.EVENT_READ, some)
 
-    def run(self, kernel: bytes, initrd: bytes, command_line: str) -> None:
-        """Boots Linux, and returns when the guest has shut down (`reboot=t`: by a triple fault).
+    def boot(self, kernel: bytes, initrd: bytes, command_line: str) -> None:
+        """Loads Linux, for `run()` to start."""
+        self.vcpus[0].enter_at(*boot.load_linux(self.vm.memory, kernel, initrd, command_line, self.cpus))
+
+    def run(self) -> bool:
+        """Runs the guest until it shuts down, or until `stop()`.
+
+        Returns:
+            Whether it has shut down. With `reboot=t`, Linux does so by a triple fault.
 
         Raises what a vCPU's thread raised.
         """
-        entry, parameters = boot.load_linux(self.vm.memory, kernel, initrd, command_line, self.cpus)
-        vcpus = [self.vm.vcpu(index, Ports(self), Mmio(self)) for index in range(self.cpus)]
-        vcpus[0].enter_at(entry, parameters)
         # The signal only interrupts KVM_RUN.
         before = signal.signal(signal.SIGUSR1, lambda *_: None)
         try:
-            for vcpu in vcpus:
+            for vcpu in self.vcpus:
                 vcpu.start(self._end)
             self._serve()
         finally:
-            for vcpu in vcpus:
+            for vcpu in self.vcpus:
                 vcpu.stop()
             signal.signal(signal.SIGUSR1, before)
         if self._error is not None:
             raise self._error
+        return self._shut_down
+
+    def stop(self) -> None:
+        """Makes `run()` return, with CPUs and devices at rest. A signal handler may call it."""
+        self._stop.signal()
 
     def _end(self, error: BaseException | None) -> None:
         self._error = self._error or error
-        self._ended.signal()
+        self._shut_down = True
+        self._stop.signal()
 
     def _serve(self) -> None:
         while True:

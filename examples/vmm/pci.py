@@ -114,6 +114,14 @@ class PciBus:
             with self._lock:
                 function.write_config(register, data)
 
+    def save(self) -> int:
+        """The bus, for `restore()`: what the guest has written to the first port."""
+        return self._address
+
+    def restore(self, state: int) -> None:
+        """Goes on with a saved bus."""
+        self._address = state
+
     def _selected(self, byte: int) -> tuple[PciFunction | None, int]:
         bus, device, number = self._address >> 16 & 0xFF, self._address >> 11 & 0x1F, self._address >> 8 & 7
         if not self._address >> 31 or bus or number or device >= len(self.functions):

@@ -12,6 +12,7 @@ NO_VECTOR: Final = 0xFFFF
 
 _NEXT, _WRITE = 1, 2
 _NO_INTERRUPT: Final = 1
+_SAVED: Final = ("size", "vector", "enabled", "descriptors", "driver", "device", "_taken")
 
 
 class GuestError(Exception):
@@ -28,7 +29,7 @@ class Chain:
 
 
 class Virtqueue:
-    """A queue. The guest sets the first six attributes; `start()` begins, `reset()` ends its use."""
+    """A queue. The guest sets its public attributes."""
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
@@ -41,6 +42,15 @@ class Virtqueue:
         self.size, self.vector, self.enabled = MAX_SIZE, NO_VECTOR, False
         self.descriptors = self.driver = self.device = 0
         self._taken = 0
+
+    def save(self) -> dict[str, int]:
+        """The queue, for `restore()`: what the guest has set, and how far the device has come."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Goes on with a saved queue."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
 
     def pop(self) -> Chain | None:
         """Takes the next chain that the guest has made available."""

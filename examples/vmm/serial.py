@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +82,16 @@ class Serial:
                 case 3 | 4 | 7:
                     self._registers[offset] = data[0]
             self._update()
+
+    def save(self) -> dict[str, Any]:
+        """The port, for `restore()`."""
+        return {"registers": self._registers.hex(), "divisor": self._divisor.hex(), "sent": self._sent}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Makes a new port what another one was. The level of its interrupt is in the interrupt controllers already."""
+        self._registers[:], self._divisor[:] = bytes.fromhex(state["registers"]), bytes.fromhex(state["divisor"])
+        self._sent = state["sent"]
+        self._level = self._cause() != 1
 
     def _cause(self) -> int:
         enabled = self._registers[_ENABLE]

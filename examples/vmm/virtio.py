@@ -11,11 +11,11 @@ import struct
 import threading
 from abc import abstractmethod
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mshv_irqfd import EventFd, IoEventFd, MsixTable, Partition
 
-from .pci import PciFunction
+from .pci import COMMAND, PciFunction
 from .queue import MAX_SIZE, NO_VECTOR, GuestError, Virtqueue
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _NOTIFY_STEP: Final = 4
 
 _MSIX_AT, _VIRTIO_AT = 0x40, 0x50
 _DRIVER_OK, _FEATURES_OK, _NEEDS_RESET = 1 << 2, 1 << 3, 1 << 6
-_ALL_ONES: Final = 0xFFFFFFFFFFFFFFFF
+_SAVED: Final = ("_offered_page", "_accepted_page", "_accepted", "_status", "_config_vector", "_selected")
 
 
 class VirtioDevice(PciFunction):
@@ -124,6 +124,27 @@ class VirtioDevice(PciFunction):
         self._status, self._config_vector, self._selected = 0, NO_VECTOR, 0
         for queue in self.queues:
             queue.reset()
+
+    def save(self) -> dict[str, Any]:
+        """The device, for `restore()`. Nothing may use it meanwhile."""
+        return {
+            "config": self.config.hex(),
+            "registers": {name: getattr(self, name) for name in _SAVED},
+            "queues": [queue.save() for queue in self.queues],
+            "msix": self.msix.save(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Makes a new device what another one was. The doorbells are there, and wait for someone to ring them."""
+        self.config[:] = bytes.fromhex(state["config"])
+        for name in _SAVED:
+            setattr(self, name, state["registers"][name])
+        for queue, saved in zip(self.queues, state["queues"], strict=True):
+            queue.restore(saved)
+        self.msix.close()
+        with self._ledger.access("restored"):
+            self.msix = MsixTable.restore(self._partition, state["msix"])
+        self.write_config(COMMAND, b"")  # looks where the BAR is
 
     # ---- the guest's accesses
 

@@ -1,15 +1,17 @@
 //! Any sequence of operations on a simulated partition, with failures: no panic, and no spurious interrupt.
 #![no_main]
 
+use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use mshv_irqfd::hypervisor::event::EventFd;
 use mshv_irqfd::hypervisor::simulated::SimulatedPartition;
 use mshv_irqfd::hypervisor::{Backend, Operation};
-use mshv_irqfd::irqfd::{Batch, Config, GsiState, IrqFdRoute, MsiRoute, Partition};
+use mshv_irqfd::irqfd::{Batch, Config, GsiState, IrqFdRoute, MsiRoute, NewEvent, Partition};
 
 #[derive(Arbitrary, Debug)]
 enum Edit {
@@ -17,6 +19,8 @@ enum Edit {
     Clear,
     Mask,
     Unmask,
+    /// To a new eventfd, or that of a route.
+    Event(Option<u8>),
 }
 
 #[derive(Arbitrary, Debug)]
@@ -35,6 +39,12 @@ enum Step {
 
 fn msi(vector: u8) -> Option<MsiRoute> {
     MsiRoute::new(0xFEE0_0000, vector.into()).ok()
+}
+
+/// The kernel's number of a route's eventfd.
+fn event_of(route: &IrqFdRoute) -> u64 {
+    let event = EventFd::adopt(route.fileno().expect("it is open")).expect("an eventfd");
+    event.id().ok().flatten().expect("/proc tells the number")
 }
 
 fuzz_target!(|input: (bool, Vec<Step>)| {
@@ -62,7 +72,13 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
                 let Ok(mut batch) = Batch::new(Arc::clone(&partition)) else { continue };
                 for (number, edit) in edits {
                     let Some(route) = routes.get(at(*number)) else { continue };
+                    let fd = |number: &u8| routes.get(at(*number)).and_then(|route| route.fileno().ok());
                     match edit {
+                        Edit::Event(number) => {
+                            // The number of a closed route leads to no eventfd.
+                            let event = NewEvent::make(number.as_ref().and_then(fd));
+                            batch.set_event(route, event.expect("an eventfd"));
+                        }
                         Edit::Set(vector) => drop(msi(*vector).map(|msi| batch.set_msi(route, msi))),
                         Edit::Clear => batch.clear_msi(route),
                         Edit::Mask => batch.mask(route),
@@ -83,6 +99,10 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
                     Step::Edit(_, Edit::Clear) => route.clear_msi(),
                     Step::Edit(_, Edit::Mask) => route.mask(),
                     Step::Edit(_, Edit::Unmask) => route.unmask(),
+                    Step::Edit(_, Edit::Event(number)) => {
+                        let other = number.as_ref().and_then(|number| routes.get(at(*number)));
+                        route.set_event(other.and_then(|other| other.fileno().ok()))
+                    }
                     Step::Signal(_, times) => route.signal((*times).clamp(1, u64::MAX - 1)),
                     Step::Consume(_) => route.consume_pending().map(drop),
                     _ => route.close(),
@@ -94,6 +114,9 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
         for interrupt in driver.take_interrupts(Duration::ZERO) {
             assert!(interrupt.vector >= 16, "spurious {interrupt:?}");
         }
+        let open: Vec<_> = routes.iter().filter(|route| !route.is_closed()).collect();
+        let events: BTreeSet<_> = open.iter().map(|route| event_of(route)).collect();
+        assert_eq!(events.len(), open.len(), "two routes have one eventfd");
         let table = partition.routing_table().expect("it is open");
         for route in routes.iter().filter(|route| !route.is_closed()) {
             if route.state().expect("it is open") == GsiState::Enabled {

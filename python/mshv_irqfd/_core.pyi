@@ -362,12 +362,16 @@ class IrqFdRoute:
 
     @property
     def event(self) -> PublicEventFd:
-        """A view of the route's eventfd. Closing the view does not close the route's descriptor."""
+        """A view of the eventfd that the route has at the time of each call: it follows `set_event()`.
+
+        Closing the view does not close the route's descriptor.
+        """
 
     def fileno(self) -> int:
         """The descriptor of the eventfd, for `selectors`, asyncio, or a device model that signals.
 
-        It is readable only while the route is not armed: the kernel empties an armed eventfd first.
+        It is readable only while the route is not armed: the kernel empties an armed eventfd first. `set_event()`
+        closes it and gives the route another one. So take it out of selectors before that, and put the new one in.
         """
 
     def signal(self) -> None:
@@ -476,6 +480,29 @@ class IrqFdRoute:
             Whether a signal was pending. Always false while the route is armed.
         """
 
+    def set_event(self, event: HasFileno | int | None) -> None:
+        """Puts another eventfd in the place of the route's, whatever state the route is in. It needs no push.
+
+        Nothing is lost: signals that the old eventfd holds are carried over to the new one, and those of `signal()`
+        reach the route before, during and after the call (twice at most if they overlap it). If the route is armed, it
+        raises one interrupt for what the new eventfd held before. Whoever holds the old eventfd reaches the route no
+        more. `fileno()` changes: the route closes its descriptor of the old eventfd.
+
+        To give a route the eventfd of another route, change both in a batch; see `Batch.set_event()`.
+
+        Args:
+            event: the caller's eventfd, an int or an object with `fileno()`, which is duplicated as in
+                `Partition.new_irqfd_route()`. None: a new one, which no one else holds. The one that the route has
+                already changes nothing.
+
+        Raises:
+            ValueError: `event` is not an eventfd, is in semaphore mode, or is the eventfd of another route of this
+                process.
+            IrqFdError: `event` is not open (EBADF); too many files are open (EMFILE); another process has armed `event`
+                on a VM of its own (EBUSY: KVM from Linux 6.17 on); other code has closed the descriptor of an armed
+                route (EBADF: close the route). Everything is as before.
+        """
+
     def close(self) -> None:
         """Disarms the route, frees its GSI and closes its descriptor. Never pushes. Closing twice is fine.
 
@@ -535,6 +562,36 @@ class Batch:
     def unmask(self, route: IrqFdRoute) -> None:
         """Unmasks a route, as `IrqFdRoute.unmask()` does."""
 
+    def set_event(self, route: IrqFdRoute, event: HasFileno | int | None) -> None:
+        """Puts another eventfd in the place of a route's, as `IrqFdRoute.set_event()` does.
+
+        In one batch, routes may also give their eventfds to one another: in a chain, or in exchange. A moved eventfd
+        takes the signals that it holds along to its new route, and keeps those that arrive meanwhile; what the new
+        route's old eventfd holds is carried over to it. A route that is unmasked in the same batch raises one interrupt
+        for what its new eventfd holds, and one for what is carried over.
+
+        Args:
+            route: the route.
+            event: an eventfd, an int or an object with `fileno()`, which is duplicated at once; None: a new one.
+
+        Raises:
+            ValueError: `event` is not an eventfd, or is in semaphore mode. `commit()` raises ValueError if another
+                route of this process has it, and does not give it up in this batch.
+            IrqFdError: `event` is not open (EBADF), or too many files are open (EMFILE).
+            ClosedError: the batch is closed.
+
+        Example:
+            >>> partition = open_partition("simulated")
+            >>> old, new = partition.new_irqfd_route(), partition.new_irqfd_route()
+            >>> old.signal()
+            >>> with partition.batch() as batch:  # the queue of `old` interrupts through `new` from now on
+            ...     batch.set_event(new, old)
+            ...     batch.set_event(old, None)
+            >>> old.pending, new.pending
+            (False, True)
+            >>> partition.close()
+        """
+
     def commit(self) -> None:
         """Makes the changes: disarms, pushes once if the kernel's table lacks a message, arms.
 
@@ -542,7 +599,7 @@ class Batch:
 
         Raises:
             ClosedError: the batch, its partition or one of its routes is closed.
-            ValueError: a route belongs to another partition.
+            ValueError: a route belongs to another partition, or an eventfd to another route.
             RouteBrokenError: a route is broken.
             MissingVpError: no VP has a destination's APIC id.
             RoutingError, IrqFdError: the kernel refused.
@@ -941,7 +998,7 @@ class Vector:
     def event(self) -> PublicEventFd:
         """A view of the vector's eventfd, for VFIO, vhost, or a device model. Takes the vector's route if it has none.
 
-        It stays the same as long as the device is open.
+        It follows `vectors[i].route.set_event()`, and works as long as the device is open.
 
         Raises:
             GsiExhaustedError, IrqFdError: the vector has no route, and none can be made.

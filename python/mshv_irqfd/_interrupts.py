@@ -13,6 +13,8 @@ from mshv_irqfd.errors import MissingInterruptError
 from mshv_irqfd.values import DeliveryMode, Interrupt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mshv_irqfd._core import Partition
 
 One: TypeAlias = int | MsiRoute | Interrupt
@@ -119,20 +121,37 @@ def listed(interrupts: Counter[Interrupt], *, counted: bool = True) -> str:
     return "; ".join(each) or "none"
 
 
-def wait(partition: Partition, wanted: Counter[Interrupt], timeout: float, *, counted: bool = True) -> list[Interrupt]:
-    """Waits until all wanted interrupts have arrived, and takes them. Leaves all others, and all of them on failure."""
+def wait(
+    partition: Partition,
+    wanted: Counter[Interrupt],
+    timeout: float,
+    *,
+    counted: bool = True,
+    settle: Callable[[], None] | None = None,
+) -> list[Interrupt]:
+    """Waits until all wanted interrupts have arrived, and takes them. Leaves all others, and all of them on failure.
+
+    `settle` is called at the deadline, before the last look.
+    """
     if not 0 <= timeout < inf:
         raise ValueError(f"timeout {timeout} is not a valid number of seconds; give a finite number, 0 or more")
-    arrived = partition._arrived_interrupts(0.0, 0)  # noqa: SLF001 -- its Python half
     deadline = monotonic() + timeout
-    known = 0
+    known, left = 0, 0.0
     while True:
+        # The first look waits for nothing.
+        arrived = partition._arrived_interrupts(left, known)  # noqa: SLF001 -- its Python half
         interrupts = [interrupt for _, interrupt in arrived]
         found, missing = matched(wanted, interrupts)
         if not missing and partition._claim_interrupts([arrived[index][0] for index in found]):  # noqa: SLF001
             return [interrupts[index] for index in found]
-        left = deadline - monotonic()
-        if missing and left <= 0:
+        left = max(deadline - monotonic(), 0.0)
+        if not missing:
+            # Another thread took some of them meanwhile.
+            left = 0.0
+        elif left == 0.0 and settle is not None:
+            settle()
+            settle = None
+        elif left == 0.0:
             raise MissingInterruptError(
                 f"missing after {timeout:g} s: {listed(missing, counted=counted)}; expected "
                 f"{listed(wanted, counted=counted)}; arrived: {listed(Counter(interrupts), counted=counted)}",
@@ -140,5 +159,3 @@ def wait(partition: Partition, wanted: Counter[Interrupt], timeout: float, *, co
                 arrived=interrupts,
             )
         known = max([known, *(number + 1 for number, _ in arrived)])
-        # If another thread took some of them meanwhile, look again at once.
-        arrived = partition._arrived_interrupts(max(left, 0.0) if missing else 0.0, known)  # noqa: SLF001

@@ -78,7 +78,8 @@ def expect(
 ) -> list[Interrupt]:
     """Asserts that these interrupts arrive, and no others until the last of them and every earlier signal has arrived.
 
-    Takes all interrupts that have arrived. KVM has no counts: there, each vector has arrived at least once.
+    Takes all interrupts that have arrived. Signals from before the deadline count. KVM has no counts: there, each
+    vector has arrived at least once.
 
     Args:
         partition: a simulated partition, or one of KVM.
@@ -101,7 +102,7 @@ def expect(
     if not counted:
         wanted = Counter(dict.fromkeys(wanted, 1))
     try:
-        found = _interrupts.wait(telling, wanted, timeout, counted=counted)
+        found = _interrupts.wait(telling, wanted, timeout, counted=counted, settle=telling.settle)
     except MissingInterruptError as missing:
         raise AssertionError(str(missing)) from None
     telling.settle()

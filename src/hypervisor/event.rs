@@ -162,13 +162,23 @@ impl EventFd {
     /// If other code has closed the descriptor, forgets it without a close: the number may belong to another file next.
     pub fn forget_if_closed(&self) {
         if !descriptor::is_open(self.inner.as_raw_fd()) {
-            self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
-            self.wake_waiters();
+            self.forget();
         }
+    }
+
+    /// Gives the number up without a close: other code has closed the descriptor.
+    pub fn forget(&self) {
+        self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
+        self.wake_waiters();
     }
 
     pub fn is_closed(&self) -> bool {
         self.users.load(Ordering::Relaxed) & CLOSED != 0
+    }
+
+    /// Whether it is a duplicate of a caller's eventfd.
+    pub fn is_foreign(&self) -> bool {
+        self.foreign
     }
 
     /// Whether `signal` could block: only on a caller's eventfd in blocking mode.

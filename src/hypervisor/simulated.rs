@@ -44,6 +44,8 @@ struct State {
     /// By GSI, up to the highest that has an entry.
     table: Vec<Option<RawMsi>>,
     irqfds: BTreeMap<Key, Irqfd>,
+    /// How many of them are on duplicates of callers' eventfds.
+    foreign: usize,
     doorbells: Vec<Doorbell>,
     /// Those that nobody has taken, numbered in the order of their arrival.
     interrupts: VecDeque<(u64, Interrupt)>,
@@ -200,7 +202,7 @@ impl Driver {
         if event.is_closed() {
             return Err(failed(libc::EBADF));
         }
-        if state.irqfds.contains_key(&key) {
+        if state.irqfds.contains_key(&key) || state.has_duplicate(event) {
             return Err(failed(libc::EBUSY));
         }
         let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, key);
@@ -210,7 +212,7 @@ impl Driver {
         })?;
         match event.consume() {
             Ok(pending) => {
-                state.irqfds.insert(key, Irqfd { share: holder.share(), gsi });
+                state.insert(key, Irqfd { share: holder.share(), gsi });
                 if pending != 0 {
                     state.inject(gsi);
                     self.arrived.notify_all();
@@ -237,7 +239,7 @@ impl Driver {
         state.deliver(key).map_err(|error| failed(errno(&error)))?;
         self.arrived.notify_all();
         self.forget(event);
-        state.irqfds.remove(&key);
+        state.remove(key);
         Ok(())
     }
 
@@ -324,7 +326,7 @@ impl Driver {
                 }
                 // Closed while armed: as in the driver, the irqfd goes with its eventfd.
                 if state.deliver(event.data()).is_err() {
-                    state.irqfds.remove(&event.data());
+                    state.remove(event.data());
                 }
             }
             drop(state);
@@ -338,7 +340,7 @@ impl Driver {
         let keys: Vec<_> = state.irqfds.keys().copied().collect();
         for key in keys {
             if state.deliver(key).is_err() {
-                state.irqfds.remove(&key);
+                state.remove(key);
             }
         }
         self.arrived.notify_all();
@@ -402,6 +404,23 @@ impl State {
         }
         fault.times -= 1;
         Err(fault.errno)
+    }
+
+    fn insert(&mut self, key: Key, irqfd: Irqfd) {
+        self.foreign += usize::from((*irqfd.share).as_ref().is_foreign());
+        self.irqfds.insert(key, irqfd);
+    }
+
+    fn remove(&mut self, key: Key) {
+        if let Some(irqfd) = self.irqfds.remove(&key) {
+            self.foreign -= usize::from((*irqfd.share).as_ref().is_foreign());
+        }
+    }
+
+    /// Whether an irqfd is on another descriptor of the same eventfd. Only one of a caller's has duplicates.
+    fn has_duplicate(&self, event: &EventFd) -> bool {
+        let mut others = self.irqfds.values().map(|irqfd| (*irqfd.share).as_ref());
+        (event.is_foreign() || self.foreign > 0) && others.any(|other| event.is_same(other).unwrap_or(false))
     }
 
     fn receive(&mut self, msi: RawMsi) {
@@ -570,7 +589,10 @@ mod tests {
         let (driver, first, second) = (partition.driver(), event(), event());
         driver.set_msi_routing(&[entry(24)]).unwrap();
         driver.assign_irqfd(24, &first).unwrap();
-        assert_eq!(errno_of(driver.assign_irqfd(25, &first)), libc::EBUSY);
+        let twin = Arc::new(EventFd::adopt(first.as_raw_fd()).unwrap());
+        for same in [&first, &twin] {
+            assert_eq!(errno_of(driver.assign_irqfd(25, same)), libc::EBUSY);
+        }
         driver.assign_irqfd(24, &second).unwrap();
         expect(&driver, &first, &[MSI]);
         expect(&driver, &second, &[MSI]);

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use super::edit::Edit;
 use super::error::{Error, Result};
+use super::events::NewEvent;
 use super::msi::MsiRoute;
 use super::partition::Partition;
-use super::plan::Change;
 use super::route::IrqFdRoute;
-use super::shared::Intent;
 
 /// Collects changes, then makes all of them or none.
 ///
@@ -26,18 +26,6 @@ pub struct Batch<R> {
 
 /// A batch of this many routes reserves room for all of the partition's: a large batch usually changes most of them.
 const MANY: usize = 64;
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Edit {
-    msi: Option<Option<MsiRoute>>,
-    masked: Option<bool>,
-}
-
-impl Edit {
-    fn of(self, intent: Intent) -> Intent {
-        Intent { msi: self.msi.unwrap_or(intent.msi), masked: self.masked.unwrap_or(intent.masked), ..intent }
-    }
-}
 
 impl<R: AsRef<IrqFdRoute>> Batch<R> {
     pub fn new(partition: Arc<Partition>) -> Result<Self> {
@@ -81,6 +69,12 @@ impl<R: AsRef<IrqFdRoute>> Batch<R> {
         self.edit(route).masked = Some(false);
     }
 
+    /// See [`IrqFdRoute::set_event`]. An eventfd that another route of the batch gives up goes over to this one, with what
+    /// it holds.
+    pub fn set_event(&mut self, route: R, event: NewEvent) {
+        self.edit(route).event = Some(event);
+    }
+
     /// The number of routes that it changes.
     pub fn len(&self) -> usize {
         self.edits.len()
@@ -98,31 +92,6 @@ impl<R: AsRef<IrqFdRoute>> Batch<R> {
                 "the route of GSI {gsi} belongs to another partition; a batch takes only its own partition's routes"
             )));
         }
-        let mut edits: Vec<_> = self.edits.iter().map(|(route, edit)| (route.as_ref().shared(), *edit)).collect();
-        // Every batch locks its routes in this order.
-        edits.sort_unstable_by_key(|(route, _)| (route.gsi, Arc::as_ptr(route) as usize));
-        // Two routes of one GSI: a closed one and its successor. Either may be listed twice.
-        if let Some(pair) = edits.windows(2).find(|pair| pair[0].0.gsi == pair[1].0.gsi) {
-            return Err(pair[0].0.closed());
-        }
-        let mut routes: Vec<_> = edits.into_iter().map(|(route, edit)| (route, route.lock(), edit)).collect();
-        for (route, intent, _) in &routes {
-            route.check(intent)?;
-        }
-        let mut changes = Vec::with_capacity(routes.len());
-        for (route, intent, edit) in &routes {
-            let new = edit.of(**intent);
-            if new != **intent || !route.is_settled(new) {
-                changes.push(Change::to(self.partition.index(route.gsi), new));
-            }
-        }
-        if !changes.is_empty() {
-            self.partition.apply(&mut changes)?;
-        }
-        for (route, intent, edit) in &mut routes {
-            let new = edit.of(**intent);
-            route.set_intent(intent, new);
-        }
-        Ok(())
+        self.partition.make(self.edits.iter().map(|(route, edit)| (route.as_ref().shared(), edit)).collect())
     }
 }

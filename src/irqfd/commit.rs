@@ -1,10 +1,11 @@
 //! The order of calls that changes the kernel's state, and the rollback if the kernel refuses one.
 //!
 //! Forward: find a place for each wanted message, a GSI where the kernel's table has it; disarm every route that must not
-//! be armed or that moves to another place (around a quiesced push: all); if a message is not in the kernel's table,
-//! change the image and push it once; arm. So an irqfd is armed only at a GSI whose entry is its message.
-//! Rollback: disarm every route that was not armed before, or not there; push the old entries only if an armed route's
-//! entry would be stale otherwise; arm again.
+//! be armed, that moves to another place or that gets another eventfd (around a quiesced push: all); if a message is not
+//! in the kernel's table, change the image and push it once; arm; carry over what the old eventfds hold. So an irqfd is
+//! armed only at a GSI whose entry is its message.
+//! Rollback: disarm every route that was not armed before, or not there, or not so; push the old entries only if an armed
+//! route's entry would be stale otherwise; arm again.
 
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ impl State {
             .map_err(|failure| self.rollback(changes, &plan, &mut disarmed, failure));
         if result.is_ok() {
             changes.iter().for_each(|change| self.keep(change));
+            self.replace_events(changes);
             self.stats.hits += plan.hits;
             self.stats.misses += plan.misses;
             self.stats.entries_loaded += plan.loaded;
@@ -44,8 +46,13 @@ impl State {
         self.go_home(plan);
         for change in changes {
             let slot = &self.slots[change.index];
-            if slot.is_armed() && (change.wanted.is_none() || change.place != slot.place()) {
-                self.reason = if change.wanted.is_none() { Reason::Unwanted } else { Reason::Moves };
+            let stays = change.wanted.is_some() && change.place == slot.place() && change.event.is_none();
+            if slot.is_armed() && !stays {
+                self.reason = match change.wanted {
+                    None => Reason::Unwanted,
+                    Some(_) if change.event.is_some() => Reason::Replaced,
+                    Some(_) => Reason::Moves,
+                };
                 self.disarm(change.index)?;
                 disarmed.push(change.index as u16);
             }
@@ -55,6 +62,9 @@ impl State {
             let slot = &mut self.slots[change.index];
             slot.wanted = change.wanted;
             slot.place = change.place as u16;
+            if change.event.is_some() {
+                slot.event.clone_from(&change.event);
+            }
             if change.drop_entry || (change.wanted.is_some() && change.place == own) {
                 self.put(own, change.wanted);
             }
@@ -79,6 +89,19 @@ impl State {
             self.arm_waiting();
         }
         Ok(())
+    }
+
+    /// Puts the new eventfds in the places of the old ones, all of which are disarmed, and carries over what those held.
+    /// Until here signallers have written to the old ones, so that after a failure nothing is to be brought back.
+    fn replace_events(&self, changes: &[Change]) {
+        let replaced = || {
+            changes.iter().filter_map(|change| {
+                let slot = &self.slots[change.index];
+                Some((change, slot, change.event.as_ref()?, slot.route.as_ref()?))
+            })
+        };
+        replaced().for_each(|(change, _, event, route)| route.event.replace(event, change.carries));
+        replaced().for_each(|(_, slot, _, route)| route.event.carry_over(slot.is_armed()));
     }
 
     /// Lets the slots that are brought home know their new place, but for those that could not be disarmed.
@@ -159,7 +182,8 @@ impl State {
         self.reason = Reason::RolledBack;
         for change in changes {
             let slot = &self.slots[change.index];
-            let stays = change.before.wanted.is_some() && change.before.place == slot.place();
+            let (before, same) = (&change.before, change.event.is_none() || slot.has(&change.before.event));
+            let stays = before.wanted.is_some() && before.place == slot.place() && same;
             if slot.is_armed() && !stays && self.disarm(change.index).is_err() {
                 failure.broken.push(self.quarantine(change.index));
             }
@@ -173,6 +197,9 @@ impl State {
             }
             slot.wanted = change.before.wanted;
             slot.place = change.before.place as u16;
+            if change.event.is_some() {
+                slot.event.clone_from(&change.before.event);
+            }
             self.put(own, change.before.own);
             if change.place != change.before.place {
                 self.entries.release(change.place);
@@ -250,6 +277,7 @@ impl State {
         if result.is_ok() {
             let slot = &mut self.slots[index];
             slot.route = None;
+            slot.event = None;
             if !slot.broken {
                 self.gsis.free(index);
             }
@@ -261,9 +289,8 @@ impl State {
     pub(super) fn release_leftovers(&mut self) -> Vec<Failure> {
         self.reason = Reason::Closed;
         let armed = self.armed.clone().into_iter().map(usize::from);
-        let there = |state: &Self, index: usize| {
-            state.slots[index].route.as_ref().is_some_and(|route| !route.event.is_closed())
-        };
+        let there =
+            |state: &Self, index: usize| state.slots[index].event.as_ref().is_some_and(|event| !event.is_closed());
         armed.filter_map(|index| if there(self, index) { self.disarm(index).err() } else { None }).collect()
     }
 

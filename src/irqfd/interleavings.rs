@@ -3,7 +3,7 @@
 //! `make interleavings` builds this with shuttle in place of the standard library's locks. Its kernel delivers as the
 //! real ones do: a write to an armed eventfd is an interrupt before the write returns, and arming leaves the counter.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, PoisonError};
 
@@ -11,18 +11,29 @@ use shuttle::sync::Mutex;
 use shuttle::thread;
 
 use super::*;
-use crate::hypervisor::event::{EventFd, Holder};
+use crate::hypervisor::event::{EventFd, Holder, Share};
 use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{Backend, CallError, CallResult, Hypervisor, Operation, RawMsi};
+
+/// The kernel's number of an eventfd, which all its duplicates have.
+type EventId = u64;
+
+struct ShareOf(Share);
+
+impl std::fmt::Debug for ShareOf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", (*self.0).as_ref())
+    }
+}
 
 #[derive(Debug, Default)]
 struct Kernel {
     image: BTreeMap<u32, RawMsi>,
     table: BTreeMap<u32, RawMsi>,
-    /// The GSI of each irqfd, by the descriptor of its eventfd.
-    irqfds: BTreeMap<RawFd, u32>,
-    /// How many interrupts came, by the descriptor of the eventfd.
-    delivered: BTreeMap<RawFd, u32>,
+    /// The GSI of each irqfd and its eventfd, by the eventfd's number.
+    irqfds: BTreeMap<EventId, (u32, ShareOf)>,
+    /// How many interrupts came, by eventfd.
+    delivered: BTreeMap<EventId, u32>,
     /// The descriptor of each doorbell's eventfd, by address.
     doorbells: BTreeMap<u64, RawFd>,
     /// GSIs of which an arming is refused, once each, in this order.
@@ -30,9 +41,17 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn deliver(&mut self, fd: RawFd) {
-        check(self.table.contains_key(&self.irqfds[&fd]), "an irqfd is armed without an entry");
-        *self.delivered.entry(fd).or_default() += 1;
+    fn deliver(&mut self, event: EventId) {
+        check(self.table.contains_key(&self.irqfds[&event].0), "an irqfd is armed without an entry");
+        *self.delivered.entry(event).or_default() += 1;
+    }
+
+    /// Empties the counter of an armed eventfd, as a write to it does.
+    fn take(&mut self, event: EventId) {
+        let armed = self.irqfds.get(&event).is_some_and(|(_, share)| (*share.0).as_ref().consume().unwrap() != 0);
+        if armed {
+            self.deliver(event);
+        }
     }
 }
 
@@ -53,10 +72,10 @@ impl Guest {
     /// What a write to the eventfd does.
     fn signal(&self, route: &IrqFdRoute) -> bool {
         self.kernel(|kernel| {
+            let before = event_of(route);
             let written = route.signal(1).is_ok();
-            let fd = fd_of(route);
-            if written && kernel.irqfds.contains_key(&fd) && route.shared().event.consume().unwrap() != 0 {
-                kernel.deliver(fd);
+            if written {
+                BTreeSet::from([before, event_of(route)]).into_iter().for_each(|event| kernel.take(event));
             }
             written
         })
@@ -87,18 +106,21 @@ impl Hypervisor for Guest {
                 kernel.refused.pop_front();
                 return Err(CallError::new(Operation::AssignIrqfd, "refused call", libc::ENOMEM));
             }
-            let fd = event.event().as_raw_fd();
-            check(kernel.irqfds.insert(fd, gsi).is_none(), "an irqfd is armed twice");
+            let id = id_of(event.event());
+            check(kernel.irqfds.insert(id, (gsi, ShareOf(event.share()))).is_none(), "an irqfd is armed twice");
             if event.event().is_readable().unwrap() {
-                kernel.deliver(fd);
+                kernel.deliver(id);
             }
             Ok(())
         })
     }
 
     fn deassign(&mut self, gsi: u32, event: &EventFd) -> CallResult {
-        let armed = self.kernel(|kernel| kernel.irqfds.remove(&event.as_raw_fd()));
-        check(armed == Some(gsi), "an irqfd is disarmed twice, or where it is not armed");
+        let armed = self.kernel(|kernel| {
+            kernel.take(id_of(event));
+            kernel.irqfds.remove(&id_of(event))
+        });
+        check(armed.is_some_and(|(at, _)| at == gsi), "an irqfd is disarmed twice, or where it is not armed");
         Ok(())
     }
 
@@ -144,8 +166,13 @@ fn msi(vector: u8) -> MsiRoute {
     MsiRoute::new(0xFEE0_0000, vector.into()).unwrap()
 }
 
-fn fd_of(route: &IrqFdRoute) -> RawFd {
-    route.shared().event.as_raw_fd()
+fn id_of(event: &EventFd) -> EventId {
+    event.id().unwrap().unwrap()
+}
+
+/// The eventfd that a route has now.
+fn event_of(route: &IrqFdRoute) -> EventId {
+    id_of(&route.shared().event.get())
 }
 
 /// A partition with so many armed routes, where every other message is a push.
@@ -198,18 +225,27 @@ impl Scene {
     }
 
     fn delivered(&self, at: usize) -> u32 {
-        let fd = fd_of(&self.routes[at]);
-        self.guest.kernel(|kernel| kernel.delivered.get(&fd).copied().unwrap_or_default())
+        let event = event_of(&self.routes[at]);
+        self.guest.kernel(|kernel| kernel.delivered.get(&event).copied().unwrap_or_default())
     }
 
-    /// What is said of every route is so in the kernel.
+    /// How many interrupts came in all.
+    fn delivered_to_any(&self) -> u32 {
+        self.guest.kernel(|kernel| kernel.delivered.values().sum())
+    }
+
+    /// What is said of every route is so in the kernel. Delivers what armed eventfds were given without a signal.
     fn check(&self) {
+        self.guest.kernel(|kernel| {
+            let armed: Vec<_> = kernel.irqfds.keys().copied().collect();
+            armed.into_iter().for_each(|event| kernel.take(event));
+        });
         let table: BTreeMap<_, _> = self.partition.routing_table().unwrap().into_iter().collect();
         for route in self.routes.iter().filter(|route| !route.is_closed()) {
             let wanted = route.msi().unwrap().filter(|_| !route.masked().unwrap());
             self.guest.kernel(|kernel| {
                 assert_eq!(kernel.table, table);
-                let at = kernel.irqfds.get(&fd_of(route)).copied();
+                let at = kernel.irqfds.get(&event_of(route)).map(|(at, _)| *at);
                 assert_eq!((at.is_some(), at), (wanted.is_some(), route.armed_gsi().unwrap()));
                 assert!(wanted.is_none_or(|msi| at.is_some_and(|at| table[&at] == msi.raw())));
             });
@@ -218,7 +254,7 @@ impl Scene {
 }
 
 /// Tries interleavings at random, and those that a few changes of priority tell apart.
-fn tried(scenario: fn()) {
+fn tried(scenario: impl Fn() + Copy + Send + Sync + 'static) {
     let tries = std::env::var("INTERLEAVINGS").ok().and_then(|tries| tries.parse().ok()).unwrap_or(2000);
     shuttle::check_random(scenario, tries);
     shuttle::check_pct(scenario, tries, 3);
@@ -300,7 +336,7 @@ fn saving_beside_changes_and_signals_loses_nothing_and_sees_no_half_of_a_batch()
     tried(|| {
         let scene = scene(2);
         let partition = Arc::clone(&scene.partition);
-        let save = Box::new(move || {
+        let save: Act = Box::new(move || {
             let saved = partition.save().unwrap().routes;
             let vectors: Vec<_> = saved.iter().map(|route| route.msi.unwrap().data).collect();
             assert!([[0x41, 0x42], [0x51, 0x52]].contains(&[vectors[0], vectors[1]]), "{vectors:x?}");
@@ -322,7 +358,7 @@ fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused
             (Arc::clone(&scene.partition), Arc::clone(&scene.partition), Arc::clone(&scene.partition));
         let restored = Arc::new(std::sync::OnceLock::new());
         let keep = Arc::clone(&restored);
-        let restore = Box::new(move || {
+        let restore: Act = Box::new(move || {
             let route = |gsi| RouteState { gsi, masked: false, msi: Some(msi(0x61).into()), pending: true };
             let state = PartitionState { routes: vec![route(26), route(27)] };
             if let Ok(routes) = partition.restore(&state, &[], false) {
@@ -330,7 +366,7 @@ fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused
             }
         });
         let make = Box::new(move || drop(maker.new_route(None)));
-        together([restore, make, scene.signal(0), Box::new(move || closer.close().unwrap()) as Act]);
+        together([restore, make, scene.signal(0), Box::new(move || closer.close().unwrap())]);
         let routes = restored.get().into_iter().flat_map(BTreeMap::values);
         assert!(routes.into_iter().all(IrqFdRoute::is_closed));
         assert!(scene.guest.kernel(|kernel| kernel.irqfds.is_empty()));
@@ -351,7 +387,7 @@ fn a_route_closed_under_its_users_is_closed_and_the_others_work() {
         scene.check();
         assert!(scene.routes[0].is_closed());
         let gsi = scene.routes[0].gsi();
-        assert!(scene.guest.kernel(|kernel| !kernel.irqfds.values().any(|at| *at == gsi)));
+        assert!(scene.guest.kernel(|kernel| !kernel.irqfds.values().any(|(at, _)| *at == gsi)));
         assert_eq!(scene.partition.new_route(None).unwrap().gsi(), gsi);
         assert!(scene.guest.signal(&scene.routes[1]));
         assert_eq!(scene.delivered(1), 1);
@@ -381,7 +417,7 @@ fn state_under_two_locks_is_published_whole() {
         scene.guest.kernel(|kernel| kernel.refused = VecDeque::from([refused, gsi]));
         let fail = Box::new(move || assert!(other.set_msi(msi(0x71)).is_err()));
         together([fail, scene.act(0, |route| route.set_msi(msi(0x51)).unwrap())]);
-        let armed = scene.guest.kernel(|kernel| kernel.irqfds.values().any(|at| *at == gsi));
+        let armed = scene.guest.kernel(|kernel| kernel.irqfds.values().any(|(at, _)| *at == gsi));
         assert_eq!(scene.routes[0].armed().unwrap(), armed);
         assert_eq!(scene.routes[0].msi().unwrap(), Some(msi(0x51)));
     });
@@ -432,6 +468,75 @@ fn two_routes_that_come_to_one_message_and_leave_it_share_its_entry() {
         together([there_and_back(0), there_and_back(1), scene.signal(0), scene.signal(1)]);
         scene.check();
         assert_eq!([scene.delivered(0), scene.delivered(1)], [1, 1]);
+    });
+}
+
+#[test]
+fn a_signal_while_the_eventfd_is_replaced_is_delivered_or_pending() {
+    for masked in [false, true] {
+        let scenario = move || {
+            let scene = scene(1);
+            if masked {
+                scene.routes[0].mask().unwrap();
+            }
+            let replace = scene.act(0, |route| route.set_event(None).unwrap());
+            together([replace, scene.signal(0), scene.signal(0)]);
+            scene.check();
+            let pending = scene.routes[0].take_pending().unwrap();
+            let (delivered, expected) = (scene.delivered_to_any(), if masked { 0..=0 } else { 1..=4 });
+            assert!(expected.contains(&delivered), "{delivered} interrupts");
+            // Each comes twice at most.
+            assert!(if masked { (2..=4).contains(&pending) } else { pending == 0 }, "{pending} pending");
+        };
+        tried(scenario);
+    }
+}
+
+#[test]
+fn a_pending_signal_shows_while_the_eventfd_is_replaced_again_and_again() {
+    tried(|| {
+        let scene = scene(1);
+        scene.routes[0].mask().unwrap();
+        scene.routes[0].signal(3).unwrap();
+        let replace = || scene.act(0, |route| route.set_event(None).unwrap());
+        let look = scene.act(0, |route| (0..3).for_each(|_| assert!(route.pending().unwrap(), "it is pending")));
+        together([replace(), replace(), look]);
+        assert_eq!(scene.routes[0].take_pending().unwrap(), 3);
+    });
+}
+
+#[test]
+fn a_route_that_is_masked_and_gets_another_eventfd_at_once_loses_no_signal() {
+    tried(|| {
+        let scene = scene(2);
+        let replace = scene.act(0, |route| route.set_event(None).unwrap());
+        let mask = scene.act(0, |route| {
+            route.mask().unwrap();
+            route.unmask().unwrap();
+        });
+        let other = scene.act(1, |route| route.set_msi(msi(0x52)).unwrap());
+        together([replace, mask, other, scene.signal(0)]);
+        scene.check();
+        assert!((1..=2).contains(&scene.delivered_to_any()), "{} interrupts", scene.delivered_to_any());
+        assert!(!scene.routes[0].pending().unwrap());
+    });
+}
+
+#[test]
+fn a_signal_while_an_eventfd_moves_reaches_one_of_the_two_routes() {
+    tried(|| {
+        let scene = scene(2);
+        let (partition, routes) = (Arc::clone(&scene.partition), scene.routes.clone());
+        let moving: Act = Box::new(move || {
+            let mut batch = Batch::new(partition).unwrap();
+            batch.set_event(&routes[1], NewEvent::make(Some(routes[0].fileno().unwrap())).unwrap());
+            batch.set_event(&routes[0], NewEvent::make(None).unwrap());
+            batch.commit().unwrap();
+        });
+        together([moving, scene.signal(0), scene.signal(1)]);
+        scene.check();
+        assert!((2..=4).contains(&scene.delivered_to_any()), "{} interrupts", scene.delivered_to_any());
+        assert!(scene.routes.iter().all(|route| !route.pending().unwrap()));
     });
 }
 

@@ -6,8 +6,10 @@ mod batch;
 mod commit;
 mod config;
 mod doorbell;
+mod edit;
 mod entries;
 mod error;
+mod events;
 mod format;
 mod gsi;
 #[cfg(test)]
@@ -34,6 +36,7 @@ mod vps;
 pub use batch::Batch;
 pub use config::Config;
 pub use error::{Error, Failure, Result};
+pub use events::NewEvent;
 pub use format::{SavedState, dicts, nullable, nullable_dict};
 pub use gsi::{GsiAllocator, GsiState};
 pub use ioeventfd::IoEventFd;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::config::{Config, check_gsis, check_keep, check_spares};
 use super::doorbell::Doorbells;
 use super::error::{Error, Failure, Result};
+use super::events::NewEvent;
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
 use super::plan::Change;
@@ -18,20 +19,31 @@ use super::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use super::trace::Trace;
 use super::vps::VpSet;
 use crate::hypervisor::Backend;
-use crate::hypervisor::event::EventFd;
 use crate::hypervisor::observer::{ObserveError, Observer};
-use crate::hypervisor::owner::{Owner, PerProcess};
+use crate::hypervisor::owner::Owner;
+#[cfg(not(all(test, shuttle)))]
+use crate::hypervisor::owner::PerProcess;
 use crate::hypervisor::simulated::Driver;
 use crate::hypervisor::{CallError, Hypervisor, Interrupt, Operation, RawMsi, Target, descriptor};
 
 type Partitions = std::sync::Mutex<Vec<Weak<Partition>>>;
 
 /// Every open partition of this process, to detect a descriptor that two of them would share.
+#[cfg(not(all(test, shuttle)))]
 static PARTITIONS: PerProcess<Partitions> = PerProcess::new();
 
-fn partitions() -> Result<std::sync::MutexGuard<'static, Vec<Weak<Partition>>>> {
+/// Locks the list. This comes before a route's lock.
+#[cfg(not(all(test, shuttle)))]
+pub(super) fn partitions() -> Result<std::sync::MutexGuard<'static, Vec<Weak<Partition>>>> {
     let all = PARTITIONS.get().map_err(|error| unsupported_kernel(&error))?;
     Ok(all.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Each test has a list of its own: shuttle's locks belong to one test.
+#[cfg(all(test, shuttle))]
+pub(super) fn partitions() -> Result<std::sync::MutexGuard<'static, Vec<Weak<Partition>>>> {
+    thread_local!(static ALL: &'static Partitions = Box::leak(Box::default()));
+    Ok(ALL.with(|all| all.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
 fn unsupported_kernel(error: &std::io::Error) -> Error {
@@ -41,9 +53,9 @@ fn unsupported_kernel(error: &std::io::Error) -> Error {
 
 /// A partition of a hypervisor. Its routes and doorbells keep it alive; dropping it closes it.
 ///
-/// Locks are taken in this order: a device's, a route's, then the partition's, then the doorbells'. A batch locks its
-/// routes by GSI. The partition's lock guards the routing table, the set of armed irqfds and the doorbells, and every
-/// call that changes them.
+/// Locks are taken in this order: a device's, that of the list of partitions, a route's, then a partition's, then the
+/// doorbells'. A batch locks its routes by GSI. The partition's lock guards the routing table, the set of armed irqfds
+/// and the doorbells, and every call that changes them.
 #[derive(Debug)]
 pub struct Partition {
     owner: Owner,
@@ -172,12 +184,13 @@ impl Partition {
     /// Makes a route on a new eventfd, or on a duplicate of the caller's.
     pub(super) fn add_route(&self, event: Option<RawFd>, of_device: bool) -> Result<Arc<Route>> {
         self.check_open()?;
-        let Some(fd) = event else {
-            return self.add_route_on(self.lock(), new_event()?, of_device);
-        };
+        if event.is_none() {
+            return self.add_route_on(self.lock(), NewEvent::make(None)?, of_device);
+        }
         // Held to the end, so that two callers can't pass the same eventfd at the same time.
         let all = partitions()?;
-        let event = self.adopt_event(&all, fd)?;
+        let event = NewEvent::make(event)?;
+        self.check_event(&all, &event, |_| false)?;
         self.add_route_on(self.lock(), event, of_device)
     }
 
@@ -185,41 +198,46 @@ impl Partition {
     pub(super) fn with_events<T>(
         &self,
         fds: &[Option<RawFd>],
-        make: impl FnOnce(Vec<EventFd>) -> Result<T>,
+        make: impl FnOnce(Vec<NewEvent>) -> Result<T>,
     ) -> Result<T> {
         // Held to the end, as in `add_route`.
         let all = if fds.iter().any(Option::is_some) { Some(partitions()?) } else { None };
-        let mut events: Vec<EventFd> = Vec::with_capacity(fds.len());
+        let mut events: Vec<NewEvent> = Vec::with_capacity(fds.len());
         for fd in fds {
-            let (Some(fd), Some(all)) = (*fd, &all) else {
-                events.push(new_event()?);
-                continue;
-            };
-            let event = self.adopt_event(all, fd)?;
-            let same =
-                |(fd, other): &(&Option<RawFd>, &EventFd)| fd.is_some() && event.is_same(other).unwrap_or(false);
-            if let Some((Some(other), _)) = fds.iter().zip(&events).find(same) {
-                return Err(Error::Invalid(format!(
-                    "file descriptors {other} and {fd} are of one eventfd; a route needs one of its own"
-                )));
+            let event = NewEvent::make(*fd)?;
+            if let (Some(fd), Some(all)) = (fd, &all) {
+                self.check_event(all, &event, |_| false)?;
+                let same = |other: &&NewEvent| other.of.is_some() && event.is_same(&other.event);
+                if let Some(other) = events.iter().find(same).and_then(|other| other.of) {
+                    return Err(Error::Invalid(format!(
+                        "file descriptors {other} and {fd} are of one eventfd; a route needs one of its own"
+                    )));
+                }
             }
             events.push(event);
         }
         make(events)
     }
 
-    /// Duplicates a caller's eventfd, unless it is a route's.
-    fn adopt_event(&self, all: &[Weak<Self>], fd: RawFd) -> Result<EventFd> {
-        let event = EventFd::adopt(fd)?;
+    /// Refuses a caller's eventfd that a route of this process has, unless it is a route of this partition that
+    /// `gives_up` its eventfd. Kernels accept some of these, and one of the routes would get no signals.
+    pub(super) fn check_event(
+        &self,
+        all: &[Weak<Self>],
+        event: &NewEvent,
+        gives_up: impl Fn(u32) -> bool,
+    ) -> Result {
+        let Some(fd) = event.of else { return Ok(()) };
         for other in all.iter().filter_map(Weak::upgrade) {
-            if let Some(gsi) = other.lock().route_of(&event) {
+            let of_this = std::ptr::eq(self, &raw const *other);
+            if let Some(gsi) = other.lock().route_of(&event.event).filter(|gsi| !(of_this && gives_up(*gsi))) {
                 return Err(Error::Invalid(format!(
                     "file descriptor {fd} is the eventfd of the route of GSI {gsi}{}; a route needs one of its own",
-                    if std::ptr::eq(self, &raw const *other) { "" } else { " of another partition" },
+                    if of_this { "" } else { " of another partition" },
                 )));
             }
         }
-        Ok(event)
+        Ok(())
     }
 
     /// Makes a route on a new eventfd. Returns `None` instead of waiting for the partition's lock.
@@ -230,23 +248,16 @@ impl Partition {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(None),
         };
-        self.add_route_on(state, new_event()?, false).map(Some)
+        self.add_route_on(state, NewEvent::make(None)?, false).map(Some)
     }
 
-    fn add_route_on(
-        &self,
-        mut state: MutexGuard<'_, State>,
-        event: EventFd,
-        of_device: bool,
-    ) -> Result<Arc<Route>> {
+    fn add_route_on(&self, mut state: MutexGuard<'_, State>, new: NewEvent, of_device: bool) -> Result<Arc<Route>> {
         if state.closing {
             return Err(closed());
         }
         let index = state.gsis.allocate().ok_or_else(|| Error::Exhausted(self.config.gsis.clone()))?;
-        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, event));
-        let slot = &mut state.slots[index];
-        slot.route = Some(Arc::clone(&route));
-        slot.of_device = of_device;
+        let route = Arc::new(Route::new(self.config.gsis.start + index as u32, new.event));
+        state.give(index, &route, of_device);
         Ok(route)
     }
 
@@ -462,10 +473,12 @@ impl Partition {
         let still_armed = state.release_leftovers();
         failures.extend(self.doorbells.remove_all(&mut state));
         let hypervisor = state.hypervisor.take();
+        let left: Vec<_> = state.slots.iter_mut().filter_map(|slot| slot.event.take()).collect();
         drop(state);
         self.closed.store(true, Ordering::Release);
         drop(hypervisor);
         routes.iter().for_each(|route| route.event.close());
+        left.iter().for_each(|event| event.close());
         for still in still_armed {
             if failures.iter().all(|failure| failure.gsi != still.gsi) {
                 failures.push(still);
@@ -505,13 +518,4 @@ fn unobservable(error: ObserveError, unsupported: &'static str) -> Error {
             Failure::new(CallError::of(Operation::Observe, "KVM_GET_LAPIC or KVM_SET_LAPIC", &error), None).into()
         }
     }
-}
-
-fn new_event() -> Result<EventFd> {
-    EventFd::new().map_err(|error| event_failure("eventfd2", &error))
-}
-
-fn event_failure(call: &'static str, error: &std::io::Error) -> Error {
-    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-    Failure::new(CallError::new(Operation::Event, call, errno), None).into()
 }

@@ -1,11 +1,13 @@
 //! Places: the GSI where each wanted message is, or is put, in the kernel's table.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use super::msi::MsiRoute;
 use super::shared::Intent;
 use super::state::State;
 use crate::hypervisor::RawMsi;
+use crate::hypervisor::event::EventFd;
 
 /// The state that a slot is to have, and the one that it had.
 #[derive(Debug)]
@@ -18,16 +20,22 @@ pub(super) struct Change {
     pub(super) place: u32,
     /// Whether the kernel's table has to be given the message there.
     pub(super) pushed: bool,
+    /// The eventfd that it is to have instead of its own.
+    pub(super) event: Option<Arc<EventFd>>,
+    /// Whether what the old eventfd holds goes over to the new one, rather than with it to another route.
+    pub(super) carries: bool,
     pub(super) before: Before,
 }
 
 /// The state of a slot before a change.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Before {
     pub(super) wanted: Option<RawMsi>,
     pub(super) place: u32,
     /// Its own entry in the image.
     pub(super) own: Option<RawMsi>,
+    /// Its eventfd, if that is to change.
+    pub(super) event: Option<Arc<EventFd>>,
 }
 
 impl Change {
@@ -35,7 +43,8 @@ impl Change {
     pub(super) fn to(index: usize, intent: Intent) -> Self {
         let wanted = if intent.masked { None } else { intent.msi.map(MsiRoute::raw) };
         let drop_entry = intent.msi.is_none();
-        Self { index, wanted, drop_entry, place: 0, pushed: false, before: Before::default() }
+        let before = Before::default();
+        Self { index, wanted, drop_entry, place: 0, pushed: false, event: None, carries: false, before }
     }
 }
 
@@ -70,7 +79,12 @@ impl State {
         let mut moves = 0;
         for change in &mut *changes {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
-            change.before = Before { wanted: slot.wanted, place: slot.place(), own: self.entries.image(own) };
+            change.before = Before {
+                wanted: slot.wanted,
+                place: slot.place(),
+                own: self.entries.image(own),
+                event: slot.event.clone().filter(|_| change.event.is_some()),
+            };
             change.place = if change.drop_entry { own } else { slot.place() };
             if let Some(msi) = change.wanted {
                 self.habits.note(msi);

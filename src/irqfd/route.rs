@@ -1,9 +1,11 @@
 //! The handle of a route: one GSI, one eventfd, and the MSI that a signal becomes.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use super::edit::Edit;
 use super::error::{Error, Failure, Result};
+use super::events::NewEvent;
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
 use super::partition::Partition;
@@ -104,7 +106,7 @@ impl IrqFdRoute {
     }
 
     pub fn fileno(&self) -> Result<RawFd> {
-        self.open().map(|_| self.route.event.as_raw_fd())
+        self.open().map(|_| self.route.event.fd())
     }
 
     /// Raises the interrupt if the route is armed; otherwise leaves `n` signals pending. Works in a forked child.
@@ -113,9 +115,11 @@ impl IrqFdRoute {
         self.route.event.signal(n).map_err(|error| self.event_error("write", &error))
     }
 
-    /// Whether `signal` could block, if only because other code fills the counter just before the write.
-    pub fn signal_may_block(&self) -> bool {
-        self.route.event.may_block()
+    /// As `signal`, unless that could block, if only because other code fills the counter just before the write: then it
+    /// returns false, and may not have signalled.
+    pub fn try_signal(&self, n: u64) -> Result<bool> {
+        self.open()?;
+        self.route.event.try_signal(n).map_err(|error| self.event_error("write", &error))
     }
 
     /// Begins a watch for an event loop. Look at the route's state after this; see [`Watch`].
@@ -142,7 +146,7 @@ impl IrqFdRoute {
         if self.current()? & ARMED != 0 {
             return Ok(false);
         }
-        self.route.event.is_readable().map_err(|error| self.event_error("poll", &error))
+        self.route.event.is_pending().map_err(|error| self.event_error("poll", &error))
     }
 
     /// Takes the pending signals, and returns whether there were any. The route can't be armed meanwhile, so that every
@@ -207,6 +211,14 @@ impl IrqFdRoute {
 
     pub fn unmask(&self) -> Result {
         self.change(|intent| intent.masked = false)
+    }
+
+    /// Puts a duplicate of the caller's eventfd, or a new one, in the place of the route's. Signals that the old one holds
+    /// are carried over. The one that the route has already changes nothing.
+    pub fn set_event(&self, event: Option<RawFd>) -> Result {
+        self.current()?;
+        let edit = Edit { event: Some(NewEvent::make(event)?), ..Edit::default() };
+        self.partition.make(vec![(&self.route, &edit)])
     }
 
     /// Disarms the route, frees its GSI and closes its descriptor. Continues past errors and reports them.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Failure, Result};
+use super::events::NewEvent;
 use super::format::{SavedState, dicts, nullable_dict};
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
@@ -15,7 +16,6 @@ use super::plan::Change;
 use super::route::IrqFdRoute;
 use super::shared::{Intent, Route};
 use super::state::State;
-use crate::hypervisor::event::EventFd;
 use crate::hypervisor::{CallError, Operation};
 
 /// The state of a partition's routes, but for those of devices: each device saves its own.
@@ -165,7 +165,7 @@ impl Partition {
                 .zip(events)
                 .zip(&intents)
                 .map(|((wanted, event), intent)| {
-                    let route = Route::new(wanted.state.gsi, event);
+                    let route = Route::new(wanted.state.gsi, event.event);
                     route.set_intent(&mut route.lock(), *intent);
                     Arc::new(route)
                 })
@@ -184,9 +184,9 @@ impl Partition {
 
     /// Which routes are to be signalled once they are there. Not those whose eventfd has come along with its signals:
     /// arming delivers these.
-    fn to_signal_again(&self, wanted: &[Wanted], events: &[EventFd]) -> Result<Vec<bool>> {
-        let again = |(wanted, event): (&Wanted, &EventFd)| {
-            let there = event.is_readable().map_err(|error| poll_failure(wanted.state.gsi, &error))?;
+    fn to_signal_again(&self, wanted: &[Wanted], events: &[NewEvent]) -> Result<Vec<bool>> {
+        let again = |(wanted, new): (&Wanted, &NewEvent)| {
+            let there = new.event.is_readable().map_err(|error| poll_failure(wanted.state.gsi, &error))?;
             Ok(wanted.state.pending && !there)
         };
         wanted.iter().zip(events).map(again).collect()
@@ -291,7 +291,7 @@ impl State {
             }
         }
         let pending = |index: &usize| match &self.slots[*index].route {
-            Some(route) => route.event.is_readable().map_err(|error| poll_failure(route.gsi, &error)),
+            Some(route) => route.event.is_pending().map_err(|error| poll_failure(route.gsi, &error)),
             None => Ok(false),
         };
         indexes.iter().map(pending).collect()
@@ -305,9 +305,7 @@ impl State {
     /// Gives a route the free GSI that it names.
     fn place(&mut self, index: usize, route: &Arc<Route>, of_device: bool) {
         self.gsis.take(index);
-        let slot = &mut self.slots[index];
-        slot.route = Some(Arc::clone(route));
-        slot.of_device = of_device;
+        self.give(index, route, of_device);
     }
 
     /// Frees the GSI of a route that nobody has had, after its arming has been rolled back.
@@ -318,6 +316,7 @@ impl State {
             return;
         }
         slot.route = None;
+        slot.event = None;
         if !slot.broken {
             self.gsis.free(index);
         }

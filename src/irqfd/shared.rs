@@ -1,9 +1,10 @@
 //! The part of a route that its handle and its partition share.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use super::error::{Error, Result};
+use super::events::RouteEvent;
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
 use super::sync::{AtomicU64, Mutex, MutexGuard};
@@ -28,16 +29,10 @@ impl Intent {
 #[derive(Debug)]
 pub(super) struct Route {
     pub(super) gsi: u32,
-    pub(super) event: EventFd,
+    pub(super) event: RouteEvent,
     intent: Mutex<Intent>,
     /// The intent and the kernel's state in one word, which readers load without a lock.
     published: AtomicU64,
-}
-
-impl AsRef<EventFd> for Route {
-    fn as_ref(&self) -> &EventFd {
-        &self.event
-    }
 }
 
 pub(super) const ARMED: u64 = 1 << 63;
@@ -50,8 +45,8 @@ const ARMED_AT: u32 = 36;
 const OF_PARTITION: u64 = ARMED | BROKEN | 0xFFF << ARMED_AT;
 
 impl Route {
-    pub(super) fn new(gsi: u32, event: EventFd) -> Self {
-        Self { gsi, event, intent: Mutex::default(), published: AtomicU64::new(0) }
+    pub(super) fn new(gsi: u32, event: Arc<EventFd>) -> Self {
+        Self { gsi, event: RouteEvent::new(event), intent: Mutex::default(), published: AtomicU64::new(0) }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Intent> {

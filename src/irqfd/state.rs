@@ -45,6 +45,8 @@ pub(super) struct State {
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) route: Option<Arc<Route>>,
+    /// The eventfd of its irqfd. It differs from its route's during a commit, and if it is broken.
+    pub(super) event: Option<Arc<EventFd>>,
     /// The message that it should be armed with; none if it should be disarmed.
     pub(super) wanted: Option<RawMsi>,
     /// The GSI where it is armed, or was armed last: its own or a spare one.
@@ -64,13 +66,25 @@ impl Slot {
     pub(super) fn place(&self) -> u32 {
         self.place.into()
     }
+
+    /// Whether this is the eventfd of its irqfd.
+    pub(super) fn has(&self, event: &Option<Arc<EventFd>>) -> bool {
+        self.event.as_ref().map(Arc::as_ptr) == event.as_ref().map(Arc::as_ptr)
+    }
 }
 
 impl State {
     pub(super) fn new(hypervisor: Box<dyn Hypervisor>, config: &Config, vps: Option<VpSet>) -> Self {
         let size = config.gsis.len();
-        let slot =
-            |gsi| Slot { route: None, wanted: None, place: gsi as u16, armed: 0, broken: false, of_device: false };
+        let slot = |gsi| Slot {
+            route: None,
+            event: None,
+            wanted: None,
+            place: gsi as u16,
+            armed: 0,
+            broken: false,
+            of_device: false,
+        };
         let spares = config.spare_gsis(hypervisor.has_pins());
         let end = spares.iter().map(|gsi| u32::from(*gsi) + 1).max().unwrap_or(0).max(config.gsis.end);
         Self {
@@ -93,6 +107,14 @@ impl State {
         }
     }
 
+    /// Gives a slot its route.
+    pub(super) fn give(&mut self, index: usize, route: &Arc<Route>, of_device: bool) {
+        let slot = &mut self.slots[index];
+        slot.route = Some(Arc::clone(route));
+        slot.event = Some(route.event.get());
+        slot.of_device = of_device;
+    }
+
     pub(super) fn gsi(&self, index: usize) -> u32 {
         self.first_gsi + index as u32
     }
@@ -113,11 +135,11 @@ impl State {
     pub(super) fn call_irqfd(
         &mut self,
         index: usize,
-        call: impl FnOnce(&mut dyn Hypervisor, u32, &Arc<Route>) -> CallResult,
+        call: impl FnOnce(&mut dyn Hypervisor, u32, &Arc<EventFd>) -> CallResult,
     ) -> Result<(), Failure> {
         let place = self.slots[index].place();
-        let result = match (&mut self.hypervisor, &self.slots[index].route) {
-            (Some(hypervisor), Some(route)) => call(hypervisor.as_mut(), place, route),
+        let result = match (&mut self.hypervisor, &self.slots[index].event) {
+            (Some(hypervisor), Some(event)) => call(hypervisor.as_mut(), place, event),
             (None, _) => Err(closed()),
             (_, None) => {
                 Err(CallError::new(Operation::AssignIrqfd, "irqfd of a GSI without a route", libc::ENOENT))
@@ -139,7 +161,7 @@ impl State {
     /// Registers a slot's irqfd. The caller drains it then.
     pub(super) fn assign(&mut self, index: usize) -> Result<(), Failure> {
         debug_assert!(!self.is_stale(index), "an irqfd is armed where the kernel's table has its message");
-        self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.assign(gsi, route))?;
+        self.call_irqfd(index, |hypervisor, gsi, event| hypervisor.assign(gsi, event))?;
         self.stats.arms += 1;
         self.armed.push(index as u16);
         self.slots[index].armed = self.armed.len() as u16;
@@ -153,8 +175,8 @@ impl State {
         if self.armed.len() == from {
             return Ok(());
         }
-        let routes = self.armed[from..].iter().filter_map(|index| self.slots[usize::from(*index)].route.as_deref());
-        let events: Vec<_> = routes.map(|route| &route.event).collect();
+        let fresh = self.armed[from..].iter();
+        let events: Vec<_> = fresh.filter_map(|index| self.slots[usize::from(*index)].event.as_deref()).collect();
         let failed = self.hypervisor.as_mut().map_or_else(Vec::new, |hypervisor| hypervisor.drain(&events));
         if failed.is_empty() {
             return Ok(());
@@ -173,7 +195,7 @@ impl State {
     }
 
     pub(super) fn disarm(&mut self, index: usize) -> Result<(), Failure> {
-        self.call_irqfd(index, |hypervisor, gsi, route| hypervisor.deassign(gsi, &route.event))?;
+        self.call_irqfd(index, |hypervisor, gsi, event| hypervisor.deassign(gsi, event))?;
         self.stats.disarms += 1;
         let (at, reason) = (self.slots[index].place(), self.reason);
         self.trace.call(|| Event::Disarmed { gsi: self.gsi(index), place: at, reason });
@@ -203,7 +225,9 @@ impl State {
     pub(super) fn publish(&self, index: usize) {
         let slot = &self.slots[index];
         if let Some(route) = &slot.route {
-            route.publish_kernel(slot.is_armed().then_some(slot.place), slot.broken);
+            // An irqfd that stays on the eventfd that the route was to have takes none of its own signals.
+            let takes = slot.is_armed() && (!slot.broken || slot.has(&Some(route.event.get())));
+            route.publish_kernel(takes.then_some(slot.place), slot.broken);
         }
     }
 
@@ -297,10 +321,14 @@ impl State {
 
     /// The GSI of the route that has this eventfd, if one has.
     pub(super) fn route_of(&self, event: &EventFd) -> Option<u32> {
-        let mut routes = self.slots.iter().filter_map(|slot| slot.route.as_ref());
-        // An eventfd that can't be inspected was closed by other code, and is no route's any more.
-        let of_event = |route: &&Arc<Route>| route.event.is_same(event).unwrap_or(false);
-        routes.find(of_event).map(|route| route.gsi)
+        // A broken route may have another eventfd than its irqfd.
+        // One that can't be inspected was closed by other code, and is no route's any more.
+        let is_it = |other: &EventFd| event.is_same(other).unwrap_or(false);
+        let of_event = |slot: &Slot| match (&slot.route, &slot.event) {
+            (Some(route), Some(armed)) => is_it(armed) || is_it(&route.event.get()),
+            _ => false,
+        };
+        self.slots.iter().position(of_event).map(|index| self.gsi(index))
     }
 }
 

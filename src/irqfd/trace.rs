@@ -22,6 +22,8 @@ pub enum Reason {
     Unwanted,
     /// The kernel has the message at another GSI.
     Moves,
+    /// Another eventfd takes the place of its own.
+    Replaced,
     /// The kernel's table lacks a message.
     Missing,
     /// No push may meet an armed irqfd.
@@ -46,6 +48,7 @@ impl fmt::Display for Reason {
             Self::Wanted => "it has an MSI and is not masked",
             Self::Unwanted => "it is masked, or has no MSI",
             Self::Moves => "the table has its MSI at another GSI",
+            Self::Replaced => "it gets another eventfd",
             Self::Missing => "the table lacks an MSI",
             Self::Quiesced => "a push follows",
             Self::PushIsOver => "the push is over",

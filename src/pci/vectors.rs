@@ -156,6 +156,14 @@ impl Vectors {
         Ok(route)
     }
 
+    /// As `signal`, unless that could block; see [`IrqFdRoute::try_signal`].
+    pub fn try_signal(&self, index: usize) -> Result<bool> {
+        match self.route(index) {
+            Some(route) => route.try_signal(1),
+            None => self.signal(index).map(|()| true),
+        }
+    }
+
     /// Signals a vector: sends its message if it is armed, otherwise leaves a signal pending. Takes no lock.
     pub fn signal(&self, index: usize) -> Result {
         let Vector { route, latched } = &self.each[index];

@@ -8,8 +8,8 @@ use pyo3::sync::MutexExt;
 
 use super::errors::ClosedError;
 use super::log::logged;
-use super::msi;
 use super::objects::{Batch, Edits, IrqFdRoute, Kept, Partition};
+use super::{arguments, msi};
 use crate::irqfd;
 
 impl Batch {
@@ -68,13 +68,46 @@ impl Batch {
         self.edit(route, Edits::unmask)
     }
 
+    /// Puts another eventfd in the place of a route's, as `IrqFdRoute.set_event()` does.
+    ///
+    /// In one batch, routes may also give their eventfds to one another: in a chain, or in exchange. A moved eventfd
+    /// takes the signals that it holds along to its new route, and keeps those that arrive meanwhile; what the new
+    /// route's old eventfd holds is carried over to it. A route that is unmasked in the same batch raises one interrupt
+    /// for what its new eventfd holds, and one for what is carried over.
+    ///
+    /// Args:
+    ///     route: the route.
+    ///     event: an eventfd, an int or an object with `fileno()`, which is duplicated at once; None: a new one.
+    ///
+    /// Raises:
+    ///     ValueError: `event` is not an eventfd, or is in semaphore mode. `commit()` raises ValueError if another
+    ///         route of this process has it, and does not give it up in this batch.
+    ///     IrqFdError: `event` is not open (EBADF), or too many files are open (EMFILE).
+    ///     ClosedError: the batch is closed.
+    ///
+    /// Example:
+    ///     >>> partition = open_partition("simulated")
+    ///     >>> old, new = partition.new_irqfd_route(), partition.new_irqfd_route()
+    ///     >>> old.signal()
+    ///     >>> with partition.batch() as batch:  # the queue of `old` interrupts through `new` from now on
+    ///     ...     batch.set_event(new, old)
+    ///     ...     batch.set_event(old, None)
+    ///     >>> old.pending, new.pending
+    ///     (False, True)
+    ///     >>> partition.close()
+    fn set_event(&self, route: &Bound<'_, IrqFdRoute>, event: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let event = event.map(arguments::descriptor).transpose()?;
+        let new = route.py().detach(|| irqfd::NewEvent::make(event))?;
+        self.edit(route, |edits, route| edits.set_event(route, new))
+    }
+
     /// Makes the changes: disarms, pushes once if the kernel's table lacks a message, arms.
     ///
     /// If a call fails, everything is rolled back. The batch is closed either way.
     ///
     /// Raises:
     ///     ClosedError: the batch, its partition or one of its routes is closed.
-    ///     ValueError: a route belongs to another partition.
+    ///     ValueError: a route belongs to another partition, or an eventfd to another route.
     ///     RouteBrokenError: a route is broken.
     ///     MissingVpError: no VP has a destination's APIC id.
     ///     RoutingError, IrqFdError: the kernel refused.

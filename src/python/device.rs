@@ -238,7 +238,7 @@ impl Vector {
 
     /// A view of the vector's eventfd, for VFIO, vhost, or a device model. Takes the vector's route if it has none.
     ///
-    /// It stays the same as long as the device is open.
+    /// It follows `vectors[i].route.set_event()`, and works as long as the device is open.
     ///
     /// Raises:
     ///     GsiExhaustedError, IrqFdError: the vector has no route, and none can be made.
@@ -256,9 +256,10 @@ impl Vector {
     ///     ClosedError: the device, its partition or the vector's route is closed.
     fn signal(&self, py: Python<'_>) -> PyResult<()> {
         let vectors = self.vectors();
-        let signal = || vectors.signal(self.index);
-        let may_block = vectors.route(self.index).is_some_and(|route| route.signal_may_block());
-        Ok(if may_block { py.detach(signal) } else { signal() }?)
+        if !vectors.try_signal(self.index)? {
+            py.detach(|| vectors.signal(self.index))?;
+        }
+        Ok(())
     }
 
     /// Whether the vector is masked, by its own mask bit or by the function mask.

@@ -11,13 +11,15 @@ use pyo3::types::PyType;
 use super::log::{self, logged};
 use super::objects::{IrqFdRoute, Partition, TakenRoute};
 use super::waiting::{self, Watch};
-use super::{msi, values};
+use super::{arguments, msi, values};
 use crate::irqfd;
 
 impl IrqFdRoute {
     pub(super) fn signal_times(&self, py: Python<'_>, n: u64) -> PyResult<()> {
-        let write = || self.route.signal(n);
-        Ok(if self.route.signal_may_block() { py.detach(write) } else { write() }?)
+        if !self.route.try_signal(n)? {
+            py.detach(|| self.route.signal(n))?;
+        }
+        Ok(())
     }
 }
 
@@ -57,7 +59,9 @@ impl IrqFdRoute {
         self.partition.clone_ref(py)
     }
 
-    /// A view of the route's eventfd. Closing the view does not close the route's descriptor.
+    /// A view of the eventfd that the route has at the time of each call: it follows `set_event()`.
+    ///
+    /// Closing the view does not close the route's descriptor.
     #[getter]
     fn event<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
@@ -67,7 +71,8 @@ impl IrqFdRoute {
 
     /// The descriptor of the eventfd, for `selectors`, asyncio, or a device model that signals.
     ///
-    /// It is readable only while the route is not armed: the kernel empties an armed eventfd first.
+    /// It is readable only while the route is not armed: the kernel empties an armed eventfd first. `set_event()`
+    /// closes it and gives the route another one. So take it out of selectors before that, and put the new one in.
     fn fileno(&self) -> PyResult<RawFd> {
         Ok(self.route.fileno()?)
     }
@@ -194,6 +199,31 @@ impl IrqFdRoute {
     ///     Whether a signal was pending. Always false while the route is armed.
     fn consume_pending(&self, py: Python<'_>) -> PyResult<bool> {
         Ok(py.detach(|| self.route.consume_pending())?)
+    }
+
+    /// Puts another eventfd in the place of the route's, whatever state the route is in. It needs no push.
+    ///
+    /// Nothing is lost: signals that the old eventfd holds are carried over to the new one, and those of `signal()`
+    /// reach the route before, during and after the call (twice at most if they overlap it). If the route is armed, it
+    /// raises one interrupt for what the new eventfd held before. Whoever holds the old eventfd reaches the route no
+    /// more. `fileno()` changes: the route closes its descriptor of the old eventfd.
+    ///
+    /// To give a route the eventfd of another route, change both in a batch; see `Batch.set_event()`.
+    ///
+    /// Args:
+    ///     event: the caller's eventfd, an int or an object with `fileno()`, which is duplicated as in
+    ///         `Partition.new_irqfd_route()`. None: a new one, which no one else holds. The one that the route has
+    ///         already changes nothing.
+    ///
+    /// Raises:
+    ///     ValueError: `event` is not an eventfd, is in semaphore mode, or is the eventfd of another route of this
+    ///         process.
+    ///     IrqFdError: `event` is not open (EBADF); too many files are open (EMFILE); another process has armed `event`
+    ///         on a VM of its own (EBUSY: KVM from Linux 6.17 on); other code has closed the descriptor of an armed
+    ///         route (EBADF: close the route). Everything is as before.
+    fn set_event(&self, py: Python<'_>, event: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let event = event.map(arguments::descriptor).transpose()?;
+        logged(py, self.route.partition(), || self.route.set_event(event))
     }
 
     /// Disarms the route, frees its GSI and closes its descriptor. Never pushes. Closing twice is fine.

@@ -32,8 +32,8 @@ class DiskDriver:
     def __init__(self, guest: Guest, doorbell: IoEventFd, path: Path, call: HasFileno, *, depth: int = 8) -> None:
         self.guest = guest
         self.path = path
-        self.starts = 1
-        """How often the daemon was told which eventfd to signal. Each time it signals once."""
+        self.signals = 1
+        """How often the daemon may signal: once for each submission, and each time that it is told the eventfd."""
         self.disk = Disk(path, kick=doorbell, call=call, notify=self._ring, depth=depth)
         self.contents = bytearray(SECTORS * SECTOR)
         """What the disk holds when all requests are done."""
@@ -49,12 +49,12 @@ class DiskDriver:
 
     def connect(self, call: HasFileno) -> None:
         """Connects to the daemon again, or to another one."""
-        self.starts += 1
+        self.signals += 1 + len(self.disk.in_flight)
         self.disk.connect(self.path, call=call)
 
     def set_call(self, call: HasFileno) -> None:
         """Moves the running queue to another eventfd."""
-        self.starts += 1
+        self.signals += 1
         self.disk.set_call(call)
 
     def submit(self, kind: Kind, sector: int = 0, data: bytes = b"", *, count: int = 0) -> int:
@@ -67,6 +67,7 @@ class DiskDriver:
         self._expected[number] = bytes(self.contents[here]) if kind == Kind.READ else b""
         self._busy[number] = range(sector, sector + size // SECTOR)
         self.submitted += 1
+        self.signals += 1
         return number
 
     def take_done(self) -> list[Done]:

@@ -29,6 +29,10 @@ def closed(backend: Backend) -> None:
         view = route.event
         view.signal()
         view.close()
+        route.set_event(None)
+        with EventFd() as event, partition.batch() as batch:
+            batch.set_event(other, route)
+            batch.set_event(route, event)
         with partition.ioeventfd(0xD0000000, 4) as doorbell, doorbell.event as kick:
             doorbell.signal()
             assert kick.consume() == 1
@@ -70,6 +74,10 @@ def refused(backend: Backend) -> None:
     with backend.open() as partition, partition.new_irqfd_route() as route:
         assert refusal(lambda: partition.new_irqfd_route(event=route)) == "ValueError"
         assert refusal(lambda: partition.new_irqfd_route(event=-1)) == "ValueError"
+        with partition.new_irqfd_route() as other:
+            assert refusal(lambda: route.set_event(other)) == "ValueError"
+            with suppress(ValueError), partition.batch() as batch:
+                batch.set_event(route, other)
         assert refusal(lambda: route.set_msi(0, 0)) == "ValueError"
         assert refusal(lambda: route.set_msi(msi(0x41, 9))) == "MissingVpError"
 

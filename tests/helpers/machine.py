@@ -48,6 +48,8 @@ P = ParamSpec("P")
 Action = Literal["set_msi", "clear_msi", "mask", "unmask"]
 
 FAILURE = st.tuples(st.sampled_from(CALLS), st.integers(0, 3), st.integers(1, 3))
+ONE_FAILURE = st.none() | st.tuples(st.sampled_from(CALLS), st.integers(0, 3))
+"""A fault at most: if a rollback fails too, an eventfd may stay armed for a route that it was to move to."""
 FAILURES: st.SearchStrategy[list[tuple[Call, int, int]]] = st.one_of(
     # Few at a time: if most steps fail, all routes are soon broken, and nothing is left to try.
     st.just([]),
@@ -391,6 +393,55 @@ class Machine(RuleBasedStateMachine):
     @step
     def move(self, number: int, msi: int) -> None:
         self.try_batch([(number, "unmask", 0), (number, "set_msi", msi)], [], racing=False)
+
+    @precondition(lambda self: self.handles and not self.owed)
+    @rule(number=st.integers(0, 4), given=st.none() | st.integers(0, 3), failing=ONE_FAILURE)
+    @step
+    def set_event(self, number: int, given: int | None, failing: tuple[Call, int] | None) -> None:
+        """Gives a route a new eventfd, or one of the caller's."""
+        handle, route = self.pick(number)
+        fd = sorted(self.events)[given % len(self.events)] if given is not None and self.events else None
+        event = model.Event() if fd is None else self.events[fd]
+        others = (*self.model.routes.values(), *self.model.stuck)
+        if not route.broken and any(other.event is event for other in others if other is not route):
+            with pytest.raises(ValueError, match="is the eventfd of the route of GSI"):
+                handle.set_event(fd)
+            return
+        self.let_fail([] if failing is None else [(*failing, 1)])
+        self.try_changes(
+            [model.Change(route, route.masked, route.msi, event)], functools.partial(handle.set_event, fd), None
+        )
+
+    @precondition(lambda self: self.handles and not self.owed)
+    @rule(
+        numbers=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+        ring=st.booleans(),
+        edits=st.lists(
+            st.tuples(st.integers(0, 4), st.sampled_from(["set_msi", "mask", "unmask"]), st.integers(0, 7)), max_size=3
+        ),
+        failing=ONE_FAILURE,
+    )
+    @step
+    def pass_on(
+        self, numbers: list[int], ring: bool, edits: list[tuple[int, Action, int]], failing: tuple[Call, int] | None
+    ) -> None:
+        """Gives routes the eventfds of one another in a batch, and the first a new one or the last's."""
+        chain = [self.handles[at] for at in dict.fromkeys(number % len(self.handles) for number in numbers)]
+        batch, changes = self.partition.batch(), dict[model.Route, model.Change]()
+        for at, (handle, route) in enumerate(chain):
+            giver, given = chain[at - 1]
+            fresh = at == 0 and not ring
+            batch.set_event(handle, None if fresh else giver)
+            event = model.Event() if fresh else given.event
+            changes[route] = model.Change(route, route.masked, route.msi, event)
+        for number, action, msi in edits:
+            handle, route = self.pick(number)
+            target = msi_of(route.gsi, msi)
+            _do(batch, handle, action, target)
+            before = changes.get(route, model.Change(route, route.masked, route.msi))
+            changes[route] = _changed(before, action, target)
+        self.let_fail([] if failing is None else [(*failing, 1)])
+        self.try_changes(list(changes.values()), batch.commit, None)
 
     def try_batch(
         self, edits: list[tuple[int, Action, int]], failures: list[tuple[Call, int, int]], *, racing: bool

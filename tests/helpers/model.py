@@ -58,11 +58,18 @@ class Route:
 
 
 class Change(NamedTuple):
-    """The mask and the MSI that a call gives a route."""
+    """The mask, the MSI and the eventfd that a call gives a route."""
 
     route: Route
     masked: bool
     msi: MsiRoute | None
+    event: Event | None = None
+    """The eventfd, if the call names one."""
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the route gets another eventfd."""
+        return self.event is not None and self.event is not self.route.event
 
     @property
     def wanted(self) -> MsiRoute | None:
@@ -71,7 +78,8 @@ class Change(NamedTuple):
     @property
     def needed(self) -> bool:
         """Whether the change does anything: it alters the route, or arms one that is waiting to be re-armed."""
-        return (self.masked, self.msi) != (self.route.masked, self.route.msi) or self.route.waits_to_be_rearmed
+        altered = (self.masked, self.msi) != (self.route.masked, self.route.msi)
+        return altered or self.swaps or self.route.waits_to_be_rearmed
 
 
 @dataclass
@@ -185,6 +193,29 @@ class Partition:
             self.due[route.gsi].add(route.msi, int(route.event.pending is True), 1)
         route.event.drained()
 
+    def _swap(self, changes: list[Change]) -> list[tuple[Route, Event]]:
+        """Gives routes their new eventfds, and returns the old ones that go to no other route."""
+        swaps = [(change.route, change.route.event, change.event) for change in changes if change.swaps]
+        moved = {id(new) for _, _, new in swaps}
+        for route, _, new in swaps:
+            assert new is not None
+            route.event = new
+        return [(route, old) for route, old, _ in swaps if id(old) not in moved]
+
+    def _carry(self, route: Route, old: Event) -> None:
+        """Carries what the old eventfd of a route holds over to the new one."""
+        new = route.event
+        if old.pending is False:
+            return
+        if route.armed:
+            self.due[route.gsi].add(route.msi, int(old.pending is True), 1)
+        elif old.pending:
+            new.full = new.full or (old.full and new.pending is False)
+            new.pending = True
+        elif not new.pending:
+            new.pending = None
+        old.drained()
+
     # Changes
 
     def lacks_vp(self, changes: list[Change]) -> bool:
@@ -213,8 +244,9 @@ class Partition:
         moves = [one for one in needy if one.route.armed and one.route.place == one.route.gsi and one not in missing]
         assert shown.pushes in ({1} if missing else {0, 1} if moves and self.spares.in_place else {0})
         assert (shown.hits, shown.misses) == (len(needy) - len(missing), len(missing))
-        newly = [change.route for change in changes if change.wanted and not change.route.armed]
-        for route, masked, msi in changes:
+        newly = [one.route for one in changes if one.wanted and (one.swaps or not one.route.armed)]
+        carried = self._swap(changes)
+        for route, masked, msi, _ in changes:
             route.masked, route.msi = masked, msi
             if route.wanted:
                 place = shown.places[route]
@@ -237,6 +269,8 @@ class Partition:
                 self._maybe_armed(route, route.msi)
         for route in newly:
             self._arm(route)
+        for route, old in carried:
+            self._carry(route, old)
 
     def bring_home(self, changed: set[Route], shown: Shown) -> None:
         """A quiesced push may give all routes at spare GSIs places at their own, but those that are changed."""
@@ -288,7 +322,12 @@ class Partition:
     def fail(self, changes: list[Change]) -> None:
         """Changes nothing; interrupts delivered before the failure stand."""
         for change in changes:
-            if change.needed and change.wanted and not change.route.armed:
+            if change.swaps and change.event and change.wanted:
+                # It may have become an interrupt of this route, whosever eventfd it is.
+                if change.event.pending is not False:
+                    self.due[change.route.gsi].add(change.wanted, 0, 1)
+                    change.event.pending = None
+            elif change.needed and change.wanted and not change.route.armed:
                 self._maybe_armed(change.route, change.wanted)
 
     def _maybe_armed(self, route: Route, msi: MsiRoute | None) -> None:

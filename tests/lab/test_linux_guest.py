@@ -1,7 +1,8 @@
 """A Linux guest on `examples/vmm`: its disks' interrupts are `MsixTable`, its kicks doorbells.
 
 `lab/guest.c` is the guest's only program: it writes and reads its disks while it moves, masks and unbinds their
-interrupts, and takes CPUs off line. Here its log and the VMM's counts are judged.
+interrupts, and takes CPUs off line. Meanwhile the VMM is saved and restored twice, each time in another process. Here
+the guest's log and the VMMs' counts are judged.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -33,42 +35,65 @@ EXPECTED = re.compile(
 
 
 class Run:
-    """What a guest printed, and what its VMM counted."""
+    """What a guest printed, and what its VMMs counted, one after the other."""
 
-    def __init__(self, output: str, report: dict[str, Any], disks: list[Path]) -> None:
-        self.lines = output.splitlines()
-        self.report = report
-        self.disks = disks
+    def __init__(self, output: str, reports: list[dict[str, Any]], disks: list[Path]) -> None:
+        self.lines, self.reports, self.disks = output.splitlines(), reports, disks
         self.counts = Counter[str]()
         for line in self.lines:
             if found := re.fullmatch(r"guest: (\w+) (\d+)", line):
                 self.counts[found[1]] += int(found[2])
 
 
+SAVES = ["moves", "masks"]
+"""The steps at whose beginning the VMM saves the guest, with I/O under way, and another process goes on with it."""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One run of the guest, which the tests look at from several sides."""
+    """One run of the guest, in three processes, which the tests look at from several sides."""
     if not Path("/dev/hvstub").exists() or INITRAMFS not in os.environ:
         pytest.skip(f"needs the lab, and {INITRAMFS}: run `make lab`")
     work = tmp_path_factory.mktemp("vmm")
-    report, disks = work / "report", [work / f"disk{number}" for number in range(DISKS)]
-    command = [
-        *(sys.executable, "-m", "vmm", "--kernel", os.environ[KERNEL], "--initrd", os.environ[INITRAMFS]),
-        *("--memory", "96", "--cpus", str(CPUS), "--report", str(report)),
-        *("--append", " ".join(["quiet", *(f"{name}={rounds}" for name, rounds in ROUNDS.items())])),
-    ]
+    disks = [work / f"disk{number}" for number in range(DISKS)]
+    machine = ["--memory", "96", "--cpus", str(CPUS)]
     # The queues of the first disk share a vector, which root may move. Each of the second disk's has its own, which the
     # kernel binds to CPUs.
     for disk, vectors in zip(disks, (2, CPUS + 1), strict=True):
         disk.touch()
         os.truncate(disk, DISK)
-        command += ["--disk", str(disk), "--vectors", str(vectors)]
-    path = str(Path(vmm.__file__).parents[1])
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    return Run(done.stdout, json.loads(report.read_text()), disks)
+        machine += ["--disk", str(disk), "--vectors", str(vectors)]
+    words = " ".join(["quiet", *(f"{name}={rounds}" for name, rounds in ROUNDS.items())])
+    source = ["--kernel", os.environ[KERNEL], "--initrd", os.environ[INITRAMFS], "--append", words]
+    output, reports = "", list[dict[str, Any]]()
+    for number, step in enumerate([*SAVES, None]):
+        saved, report = work / f"saved{number}", work / f"report{number}"
+        output += until(step, [*machine, *source, "--save", str(saved), "--report", str(report)])
+        reports.append(json.loads(report.read_text()))
+        source = ["--restore", str(saved)]
+    return Run(output, reports, disks)
+
+
+def until(step: str | None, words: list[str]) -> str:
+    """Runs a VMM until the guest ends, or begins a step: then the VMM saves it. Returns what the guest printed."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(vmm.__file__).parents[1])}
+    command = [sys.executable, "-m", "vmm", *words]
+    output = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            for line in running.stdout:
+                output += line
+                if line.rstrip() == f"guest: begins {step}":
+                    running.send_signal(signal.SIGUSR2)
+            status, complaints = running.wait(), running.stderr.read()
+        finally:
+            running.kill()
+    assert (status, complaints) == (0, ""), output
+    return output
 
 
 def test_the_guest_finds_every_byte_as_it_wrote_it(run: Run) -> None:
@@ -77,6 +102,12 @@ def test_the_guest_finds_every_byte_as_it_wrote_it(run: Run) -> None:
     assert run.counts["disks"] == DISKS
     assert min(run.counts[name] for name in ("reads", "writes", "flushes")) > 0
     assert run.counts["crc32"] == sum(zlib.crc32(disk.read_bytes()) for disk in run.disks)
+
+
+def test_the_guest_went_on_in_other_processes(run: Run) -> None:
+    assert len(run.reports) == len(SAVES) + 1
+    for report in run.reports:
+        assert sum(sum(disk["requests"].values()) for disk in report["disks"]) > 0
 
 
 def test_no_request_waits_for_an_interrupt_that_was_lost(run: Run) -> None:
@@ -103,18 +134,20 @@ def test_each_mask_left_an_interrupt_pending(run: Run) -> None:
 
 
 def test_every_push_has_its_reason(run: Run) -> None:
-    stats, pushes = run.report["stats"], run.report["pushes"]
-    assert sum(pushes.values()) == stats["pushes"] == stats["misses"]
-    assert not [reason for reason in pushes if "unexplained" in reason]
+    pushes = 0
+    for report in run.reports:
+        assert not [reason for reason in report["pushes"] if "unexplained" in reason]
+        assert sum(report["pushes"].values()) == report["stats"]["pushes"] <= report["stats"]["misses"]
+        assert report["stats"]["failures"] == 0
+        pushes += report["stats"]["pushes"]
     # A push for each interrupt that is set up, at boot and after each binding, and for each that has moved.
     bindings = 1 + 2 * ROUNDS["unbind"]
-    assert stats["pushes"] >= bindings + ROUNDS["moves"]
-    assert stats["failures"] == 0
+    assert pushes >= bindings + ROUNDS["moves"]
 
 
 def test_the_disks_served_what_the_guest_asked_for(run: Run) -> None:
     served = Counter[str]()
-    for disk in run.report["disks"]:
+    for disk in [disk for report in run.reports for disk in report["disks"]]:
         assert disk["faults"] == []
         assert sum(disk["signals"].values()) <= sum(disk["requests"].values())
         served.update(disk["requests"])

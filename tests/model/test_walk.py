@@ -51,7 +51,7 @@ class Walk:
         """Changes a route, changes several in a batch, or closes one and makes another in its place."""
         number = self.random.randrange(ROUTES)
         route = self.routes[number]
-        match self.random.randrange(10):
+        match self.random.randrange(12):
             case 0 | 1 | 2:
                 route.set_msi(self.some_msi(number))
             case 3:
@@ -62,6 +62,8 @@ class Walk:
                 route.unmask()
             case 8:
                 self.replace(number)
+            case 9:
+                route.set_event(None)
             case _:
                 with self.guest.partition.batch() as batch:
                     for number, route in enumerate(self.routes):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import combinations_with_replacement, cycle, islice
 from typing import TYPE_CHECKING
 
 import pytest
 from modes import Mode, options
-from mshv_irqfd import ClosedError, GsiState, IrqFdRoute, Partition
+from mshv_irqfd import ClosedError, GsiState, IrqFdError, IrqFdRoute, Partition
 from support import msi, places, still_works
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ def write(_: Partition, route: IrqFdRoute, __: IrqFdRoute, ___: int) -> None:
         raise
 
 
+def exchange(partition: Partition, route: IrqFdRoute, other: IrqFdRoute, _: int) -> None:
+    """Exchanges the eventfds of two routes. Another thread may have given one of them another meanwhile."""
+    with suppress(ValueError, IrqFdError), partition.batch() as changes:
+        changes.set_event(route, other)
+        changes.set_event(other, route)
+
+
 def make_and_close(partition: Partition, _: IrqFdRoute, __: IrqFdRoute, base: int) -> None:
     with partition.new_irqfd_route() as route:
         route.set_msi(msi(base + 6))
@@ -65,6 +73,8 @@ OPERATIONS: dict[str, Operation] = {
     "look": lambda _, route, __, ___: (route.state, route.armed, route.msi, route.masked, route.pending, repr(route)),
     "look-at-all": lambda partition, *_: (partition.routing_table(), partition.routes, partition.stats()),
     "close": lambda _, route, __, ___: route.close(),
+    "set_event": lambda _, route, __, ___: route.set_event(None),
+    "exchange": exchange,
     "batch": batch,
     "batch-that-silences": batch_that_silences,
     "make-and-close": make_and_close,

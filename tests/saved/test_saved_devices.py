@@ -386,18 +386,20 @@ def test_a_driver_finds_its_capability_as_it_was(capability: MsiCapability, open
     guest.receives(msi(0x43))
 
 
+WRITTEN_BY_NO_GUEST = [
+    ("size", 3, "size: 3 is not a number of vectors of MSI: expected 1, 2, 4, 8, 16 or 32"),
+    ("size", 64, "size: 64 is not a number of vectors"),
+    ("size", 2, "mask_bits: 0x6 has bits set that no guest can write"),
+    ("multiple_message_enable", 8, "multiple_message_enable: 8 is out of range; it is 0 to 7"),
+    ("address", 0xFEE00002, "address: 0xfee00002 has bits set that no guest can write"),
+    ("address", 1 << 64, "address: 18446744073709551616 does not fit in 64 bits"),
+    ("data", 0x10000, "data: invalid value: integer `65536`"),
+    ("mask_bits", 0x10, "mask_bits: 0x10 has bits set that no guest can write"),
+]
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("size", 3, "size: 3 is not a number of vectors of MSI: expected 1, 2, 4, 8, 16 or 32"),
-        ("size", 64, "size: 64 is not a number of vectors"),
-        ("size", 2, "mask_bits: 0x6 has bits set that no guest can write"),
-        ("multiple_message_enable", 8, "multiple_message_enable: 8 is out of range; it is 0 to 7"),
-        ("address", 0xFEE00002, "address: 0xfee00002 has bits set that no guest can write"),
-        ("address", 1 << 64, "address: 18446744073709551616 does not fit in 64 bits"),
-        ("data", 0x10000, "data: invalid value: integer `65536`"),
-        ("mask_bits", 0x10, "mask_bits: 0x10 has bits set that no guest can write"),
-    ],
+    ("key", "value", "words"), WRITTEN_BY_NO_GUEST, ids=[f"{key}-{value:#x}" for key, value, _ in WRITTEN_BY_NO_GUEST]
 )
 def test_registers_that_no_guest_can_have_written_are_refused(
     capability: MsiCapability, key: str, value: int, words: str

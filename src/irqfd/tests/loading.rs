@@ -423,14 +423,14 @@ fn a_route_that_breaks_while_its_change_waits_for_the_partition_is_refused() {
                 std::thread::yield_now();
             }
             // Another route's push finds the eventfd closed. The change that waits has seen its route in order.
-            recorder.kernel().closed_events.insert(fd_of(&routes[1]));
+            recorder.kernel().closed_events.insert(event_of(&routes[1]));
             let wanted = Intent { msi: Some(nmi(1)), ..Intent::default() };
             state.apply(&mut [Change::to(0, wanted)]).unwrap();
             drop(state);
             assert!(matches!(late.join().unwrap(), Err(Error::Broken(25))));
         });
         assert_eq!(routes[1].state().unwrap(), GsiState::Broken);
-        let at = recorder.kernel().irqfds[&fd_of(&routes[1])];
+        let at = recorder.kernel().irqfds[&event_of(&routes[1])];
         assert_eq!((at, recorder.kernel().table[&at]), (place, msi(0x61).raw()));
         partition.lock().check();
         recorder.kernel().closed_events.clear();
@@ -480,16 +480,16 @@ fn a_route_that_can_not_be_disarmed_keeps_its_spare_entry_through_pushes_that_br
     for broken_before in [false, true] {
         let (partition, recorder, routes) = armed(FEW, 4);
         routes[0].set_msi(nmi(9)).unwrap();
-        let (place, fd) = (routes[0].armed_gsi().unwrap().unwrap(), fd_of(&routes[0]));
+        let (place, event) = (routes[0].armed_gsi().unwrap().unwrap(), event_of(&routes[0]));
         assert!(place >= FIRST_SPARE);
-        recorder.kernel().closed_events.insert(fd);
+        recorder.kernel().closed_events.insert(event);
         if broken_before {
             assert!(routes[0].close().is_err());
         }
         for (at, vector) in [(1, 0x80), (2, 0x70), (3, 0x60), (1, 0x81), (2, 0x71)] {
             routes[at].set_msi(msi(vector)).unwrap();
             let kernel = recorder.kernel();
-            assert_eq!((kernel.irqfds[&fd], kernel.table[&place]), (place, nmi(9).raw()));
+            assert_eq!((kernel.irqfds[&event], kernel.table[&place]), (place, nmi(9).raw()));
             drop(kernel);
             check_rules(&partition, &recorder, &routes, "another route has missed");
         }

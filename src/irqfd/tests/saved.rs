@@ -11,7 +11,7 @@ fn states(count: u8) -> PartitionState {
 }
 
 fn readable(route: &IrqFdRoute) -> bool {
-    route.shared().event.is_readable().unwrap()
+    route.shared().event.is_pending().unwrap()
 }
 
 fn refused<T: std::fmt::Debug>(result: Result<T>) -> String {

@@ -51,6 +51,7 @@ OF_ROUTES: dict[str, Callable[[IrqFdRoute], object]] = {
     "pending": lambda route: route.pending,
     "consume_pending": lambda route: route.consume_pending(),
     "consume-the-view": lambda route: route.event.consume(),
+    "set_event": lambda route: route.set_event(None),
     "close": lambda route: route.close(),
 }
 
