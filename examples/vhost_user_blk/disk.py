@@ -122,7 +122,10 @@ class Disk:
             self._notify()
 
     def disconnect(self) -> None:
-        """Ends the connection, if there is one. The requests stay in the queue."""
+        """Ends the connection, if there is one. The requests stay in the queue.
+
+        Wait until none is in flight: QEMU 7.2's daemon aborts if its client leaves while it is at work.
+        """
         if self._front is not None:
             self._front.close()
             self._front = None

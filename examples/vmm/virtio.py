@@ -3,13 +3,15 @@
 This is where the package is at work. The guest's driver programs the device's interrupts through `MsixTable`; its
 notifications are doorbells (`Partition.ioeventfd`), and the device's are signals of vectors. So the guest rings and is
 interrupted with no VMM in between.
+
+What drivers for Linux do not need is left out: interrupts without MSI-X, and access through configuration space.
 """
 
 from __future__ import annotations
 
 import struct
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,7 +35,7 @@ _DRIVER_OK, _FEATURES_OK, _NEEDS_RESET = 1 << 2, 1 << 3, 1 << 6
 _SAVED: Final = ("_offered_page", "_accepted_page", "_accepted", "_status", "_config_vector", "_selected")
 
 
-class VirtioDevice(PciFunction):
+class VirtioDevice(PciFunction, ABC):
     """The transport. A subclass does the requests.
 
     Args:

@@ -243,6 +243,7 @@ impl State {
     /// later (KVM) has raised them when an irqfd is disarmed.
     pub(super) fn flush(&mut self) -> Result<(), Failure> {
         let mut disarmed = Vec::new();
+        self.reason = Reason::Flushed;
         let mut result = self.disarm_all(&[], &mut disarmed);
         if result.is_ok() {
             let armed = self.armed.len();

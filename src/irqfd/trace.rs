@@ -36,6 +36,8 @@ pub enum Reason {
     RolledBack,
     /// Its counter could not be drained.
     Undrained,
+    /// The kernel has to raise what it has taken from the eventfds, before the state is saved.
+    Flushed,
     /// The caller closed the route.
     Closed,
 }
@@ -53,6 +55,7 @@ impl fmt::Display for Reason {
             Self::Waited => "it waited to be re-armed since an earlier failure",
             Self::RolledBack => "a call failed, and the change is undone",
             Self::Undrained => "its eventfd could not be drained",
+            Self::Flushed => "the state is being saved",
             Self::Closed => "it is closed",
         })
     }

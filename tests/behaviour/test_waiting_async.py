@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import os
 import resource
 import threading
 from collections import Counter
@@ -363,6 +364,44 @@ def test_while_a_route_is_armed_its_signals_are_the_guests(guest: Guest, run: Ru
 
         run(main())
         assert route.consume_pending()
+
+
+def test_a_wait_goes_on_with_another_eventfd_of_the_route(guest: Guest, run: Run) -> None:
+    with guest.partition.new_irqfd_route() as route, EventFd() as new:
+
+        async def main() -> None:
+            (pending,) = await waiting(route.wait_pending())
+            (counted,) = await waiting(route.event.wait())
+            route.set_event(new)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not pending.done()
+            assert not counted.done()
+            new.signal()
+            await asyncio.wait((pending, counted), return_when=asyncio.FIRST_COMPLETED)
+            new.signal()
+            await asyncio.gather(pending, counted)
+
+        run(main())
+
+
+def test_a_wait_follows_its_route_when_the_eventfd_moves_to_another(guest: Guest, run: Run) -> None:
+    first, second = guest.partition.new_irqfd_route(), guest.partition.new_irqfd_route()
+    with first, second:
+
+        async def main() -> None:
+            tasks = await waiting(first.wait_pending(), second.wait_pending())
+            with EventFd.from_fd(first) as moved:
+                with guest.partition.batch() as batch:
+                    batch.set_event(first, None)
+                    batch.set_event(second, moved)
+                moved.signal()
+            await tasks[1]
+            assert not tasks[0].done()
+            first.signal()
+            await tasks[0]
+
+        run(main())
 
 
 def test_a_vectors_pending_bit_can_be_waited_for(guest: Guest, run: Run) -> None:

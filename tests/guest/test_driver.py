@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import pytest
 from driver import ADDRESS, CONTROL, DATA, ENABLE, ENTRY, FUNCTION_MASK, MASK, MESSAGE_CONTROL, UPPER_ADDRESS
 from mshv_irqfd import MsiRoute, MsixTable
 from support import counting, msi
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from backends import KvmGuest
     from mshv_irqfd._guest import Access, CountingGuest
@@ -84,70 +84,71 @@ class CpuDriver:
         assert self.cpu.write(DOORBELL, bytes(4)), "the doorbell's write left the kernel"
 
 
-@pytest.fixture
-def device(kvm: KvmGuest, for_each_thread: Callable[..., Device]) -> Device:
-    def make() -> Device:
-        device = Device(MsixTable(kvm.partition, VECTORS))
+@contextmanager
+def device_of(kvm: KvmGuest) -> Iterator[Device]:
+    """A device in the guest of a partition."""
+    with MsixTable(kvm.partition, VECTORS) as table:
+        device = Device(table)
         kvm.running().vmm = device.vmm
-        return device
-
-    return for_each_thread(make, lambda device: device.table.close())
-
-
-def test_a_guest_brings_msix_up_kicks_the_device_and_takes_its_interrupts(kvm: KvmGuest, device: Device) -> None:
-    cpu, driver = kvm.running(), CpuDriver(kvm.running())
-    driver.control(ENABLE | FUNCTION_MASK)
-    for vector in range(VECTORS):
-        driver.program(vector, msi(0x40 + vector))
-    with counting(kvm.partition) as made:
-        driver.control(ENABLE)
-    assert made.stats.pushes == 1
-    assert device.table.faults() == []
-    assert [driver.read(vector, DATA) for vector in range(VECTORS)] == [0x40, 0x41, 0x42, 0x43]
-
-    # The doorbell's eventfd is vector 0's: the guest's write interrupts it, and its VMM sees neither.
-    left = cpu.left_kernel
-    with kvm.partition.ioeventfd(DOORBELL, 4, event=device.table.vectors[0].route):
-        for _ in range(100):
-            driver.ring()
-        cpu.fence()
-        assert cpu.take() == {(0x40, 0): 100}
-        assert cpu.left_kernel == left
-
-        # Masked by the guest, the interrupt waits, and the guest sees it pending.
-        driver.write(0, CONTROL, MASK)
-        driver.ring()
-        cpu.fence()
-        assert (cpu.take(), driver.pending()) == ({}, 1)
-        driver.write(0, CONTROL, 0)
-        kvm.receives(msi(0x40))
-        assert driver.pending() == 0
-
-        # Moved while nobody kicks it, as Linux moves an interrupt.
-        driver.program(0, msi(0x60))
-        driver.ring()
-        kvm.receives(msi(0x60))
-
-    # The device signals its other vectors.
-    for vector in range(1, VECTORS):
-        device.table.vectors[vector].signal()
-    kvm.receives(*(msi(0x40 + vector) for vector in range(1, VECTORS)))
-    driver.control(0)
-    device.table.vectors[1].signal()
-    kvm.receives_nothing()
+        yield device
     assert device.strays == []
 
 
-def test_a_guest_moves_a_vector_while_the_device_signals_it_and_nothing_is_lost(kvm: KvmGuest, device: Device) -> None:
-    cpu, driver = kvm.running(), CpuDriver(kvm.running())
-    driver.program(0, msi(0x40))
-    driver.control(ENABLE)
-    for turn in range(50):
-        # Masked at one message, unmasked at another: what waits arrives at the new one.
-        driver.write(0, CONTROL, MASK)
-        device.table.vectors[0].signal()
-        driver.write(0, DATA, 0x41 + turn)
-        assert cpu.take() == {}
-        driver.write(0, CONTROL, 0)
-        kvm.receives(msi(0x41 + turn))
-    assert device.table.faults() == []
+def test_a_guest_brings_msix_up_kicks_the_device_and_takes_its_interrupts(kvm: KvmGuest) -> None:
+    with device_of(kvm) as device:
+        cpu, driver = kvm.running(), CpuDriver(kvm.running())
+        driver.control(ENABLE | FUNCTION_MASK)
+        for vector in range(VECTORS):
+            driver.program(vector, msi(0x40 + vector))
+        with counting(kvm.partition) as made:
+            driver.control(ENABLE)
+        assert made.stats.pushes == 1
+        assert device.table.faults() == []
+        assert [driver.read(vector, DATA) for vector in range(VECTORS)] == [0x40, 0x41, 0x42, 0x43]
+
+        # The doorbell's eventfd is vector 0's: the guest's write interrupts it, and its VMM sees neither.
+        left = cpu.left_kernel
+        with kvm.partition.ioeventfd(DOORBELL, 4, event=device.table.vectors[0].route):
+            for _ in range(100):
+                driver.ring()
+                cpu.fence()
+            assert cpu.take() == {(0x40, 0): 100}
+            assert cpu.left_kernel == left
+
+            # Masked by the guest, the interrupt waits, and the guest sees it pending.
+            driver.write(0, CONTROL, MASK)
+            driver.ring()
+            cpu.fence()
+            assert (cpu.take(), driver.pending()) == ({}, 1)
+            driver.write(0, CONTROL, 0)
+            kvm.receives(msi(0x40))
+            assert driver.pending() == 0
+
+            # Moved while nobody kicks it, as Linux moves an interrupt.
+            driver.program(0, msi(0x60))
+            driver.ring()
+            kvm.receives(msi(0x60))
+
+        # The device signals its other vectors.
+        for vector in range(1, VECTORS):
+            device.table.vectors[vector].signal()
+        kvm.receives(*(msi(0x40 + vector) for vector in range(1, VECTORS)))
+        driver.control(0)
+        device.table.vectors[1].signal()
+        kvm.receives_nothing()
+
+
+def test_a_guest_moves_a_vector_while_the_device_signals_it_and_nothing_is_lost(kvm: KvmGuest) -> None:
+    with device_of(kvm) as device:
+        cpu, driver = kvm.running(), CpuDriver(kvm.running())
+        driver.program(0, msi(0x40))
+        driver.control(ENABLE)
+        for turn in range(50):
+            # Masked at one message, unmasked at another: what waits arrives at the new one.
+            driver.write(0, CONTROL, MASK)
+            device.table.vectors[0].signal()
+            driver.write(0, DATA, 0x41 + turn)
+            assert cpu.take() == {}
+            driver.write(0, CONTROL, 0)
+            kvm.receives(msi(0x41 + turn))
+        assert device.table.faults() == []

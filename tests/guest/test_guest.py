@@ -20,29 +20,16 @@ from raw_kvm import KvmVm
 from support import in_child, msi, open_files, run_python, still_works, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from backends import KvmGuest
 
 ASSEMBLE = Path(__file__).parents[2] / "tools" / "assemble_guest.py"
 
 
-@pytest.fixture
-def guest(kvm: KvmGuest) -> CountingGuest:
-    """The guest of a partition with one VP."""
-    return kvm.running()
-
-
-@pytest.fixture
-def adopted(vm: KvmVm, for_each_thread: Callable[..., CountingGuest]) -> CountingGuest:
+def running(vm: KvmVm) -> CountingGuest:
     """The guest of a VM that bare ioctls made."""
-
-    def run() -> CountingGuest:
-        guest = CountingGuest(vm)
-        guest.add(0, os.dup(vm.vcpu))
-        return guest
-
-    return for_each_thread(run, CountingGuest.close)
+    guest = CountingGuest(vm)
+    guest.add(0, os.dup(vm.vcpu))
+    return guest
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -56,7 +43,8 @@ def test_its_bytes_are_what_its_source_assembles_to(tmp_path: Path, changed: boo
     assert check.returncode == int(changed), check.stderr
 
 
-def test_every_vector_is_taken_counted_and_ended(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_every_vector_is_taken_counted_and_ended(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     vectors = [vector for vector in range(16, 256) if vector != FENCE]
     # An interrupt that is not ended would keep back the lower ones of the second round.
     for _ in range(2):
@@ -83,14 +71,16 @@ def test_each_vp_counts_what_it_takes() -> None:
         assert guest.take() == {(0x41, 3): 1, (0x41, 200): 2, (0x41, 7): 1, **{(0x42, vp): 1 for vp in (0, 3, 200)}}
 
 
-def test_an_nmi_is_counted_as_vector_2(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_an_nmi_is_counted_as_vector_2(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     for _ in range(3):
         kvm.partition.signal_msi(MsiRoute(0xFEE00000, 0x400))
         guest.fence()
     assert guest.take() == {(2, 0): 3}
 
 
-def test_interrupts_that_are_taken_in_between_do_not_merge(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_interrupts_that_are_taken_in_between_do_not_merge(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     for _ in range(500):
         kvm.partition.signal_msi(msi(0x41))
         guest.fence()
@@ -108,16 +98,19 @@ def test_what_waited_before_it_ran_is_taken(kvm: KvmGuest) -> None:
     assert guest.take() == {(0x41, 0): 1}
 
 
-def test_it_runs_in_a_vm_that_others_made(vm: KvmVm, adopted: CountingGuest) -> None:
-    with Partition.from_fd(vm, "kvm", vps=1) as partition, partition.new_irqfd_route() as route:
+def test_it_runs_in_a_vm_that_others_made(vm: KvmVm) -> None:
+    with running(vm) as guest, Partition.from_fd(vm, "kvm", vps=1) as partition:
+        route = partition.new_irqfd_route()
         route.set_msi(msi(0x41))
         route.signal()
-        adopted.fence()
-        assert adopted.take() == {(0x41, 0): 1}
+        guest.fence()
+        assert guest.take() == {(0x41, 0): 1}
+        route.close()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_an_access_that_no_device_of_the_kernel_takes_goes_to_the_vmm(guest: CountingGuest, size: int) -> None:
+def test_an_access_that_no_device_of_the_kernel_takes_goes_to_the_vmm(kvm: KvmGuest, size: int) -> None:
+    guest = kvm.running()
     seen: list[Access] = []
 
     def vmm(access: Access) -> bytes:
@@ -137,13 +130,15 @@ def test_an_access_that_no_device_of_the_kernel_takes_goes_to_the_vmm(guest: Cou
             guest.write(0x510, data, port=True)
 
 
-def test_a_read_that_the_vmm_leaves_unanswered_gives_zeros(guest: CountingGuest) -> None:
+def test_a_read_that_the_vmm_leaves_unanswered_gives_zeros(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     assert guest.read(0xD0000000, 8) == bytes(8)
     guest.vmm = lambda _: b"\1"
     assert guest.read(0xD0000000, 4) == b"\1\0\0\0"
 
 
-def test_an_access_of_no_size_that_a_cpu_has_is_refused(guest: CountingGuest) -> None:
+def test_an_access_of_no_size_that_a_cpu_has_is_refused(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     with pytest.raises(ValueError, match="1, 2, 4, 8 bytes, not 3"):
         guest.write(0xD0000000, b"abc")
     with pytest.raises(ValueError, match="not 0"):
@@ -151,13 +146,14 @@ def test_an_access_of_no_size_that_a_cpu_has_is_refused(guest: CountingGuest) ->
     guest.fence()
 
 
-def test_interrupts_arrive_during_accesses(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_interrupts_arrive_during_accesses(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     with kvm.partition.new_irqfd_route() as route, kvm.partition.ioeventfd(0xD0000000, 4, event=route) as doorbell:
         route.set_msi(msi(0x41))
         # The guest's own write raises the interrupt that interrupts it.
         for _ in range(200):
             assert guest.write(0xD0000000, bytes(4))
-        guest.fence()
+            guest.fence()
         assert guest.take() == {(0x41, 0): 200}
         assert doorbell.consume() == 0
 
@@ -226,8 +222,7 @@ def test_take_interrupts_is_refused_while_it_runs_and_works_afterwards(kvm: KvmG
 def test_closing_it_ends_its_threads_and_leaves_no_descriptor(vm: KvmVm) -> None:
     files, threads = open_files(), set(threading.enumerate())
     for _ in range(20):
-        guest = CountingGuest(vm)
-        guest.add(0, os.dup(vm.vcpu))
+        guest = running(vm)
         (own,) = set(threading.enumerate()) - threads
         guest.close()
         guest.close()
@@ -235,7 +230,8 @@ def test_closing_it_ends_its_threads_and_leaves_no_descriptor(vm: KvmVm) -> None
         assert open_files() == files
 
 
-def test_closing_it_ends_a_vp_that_never_halts(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_closing_it_ends_a_vp_that_never_halts(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     # It takes one interrupt after another.
     stop = threading.Event()
 
@@ -254,7 +250,8 @@ def test_closing_it_ends_a_vp_that_never_halts(kvm: KvmGuest, guest: CountingGue
     still_works(kvm)
 
 
-def test_it_outlives_its_partition(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_it_outlives_its_partition(kvm: KvmGuest) -> None:
+    guest = kvm.running()
     kvm.partition.close()
     assert guest.take() == {}
     guest.close()
@@ -264,14 +261,14 @@ def test_what_is_no_vm_is_refused_and_leaves_nothing(vm: KvmVm) -> None:
     files = open_files()
     with Path("/dev/null").open("rb") as null, pytest.raises(OSError, match="ioctl"):
         CountingGuest(null)
-    with CountingGuest(vm) as guest:
-        with pytest.raises(OSError, match=r"."):
-            guest.add(0, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        guest.add(0, os.dup(vm.vcpu))
+    with running(vm) as guest, pytest.raises(OSError, match=r"."):
+        guest.add(1, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
     assert open_files() == files
 
 
-def test_a_forked_child_can_close_it_and_the_parents_runs_on(kvm: KvmGuest, guest: CountingGuest) -> None:
+def test_a_forked_child_can_close_it_and_the_parents_runs_on(kvm: KvmGuest) -> None:
+    guest = kvm.running()
+
     def close() -> int:
         before = len(open_files())
         guest.close()
@@ -284,7 +281,9 @@ def test_a_forked_child_can_close_it_and_the_parents_runs_on(kvm: KvmGuest, gues
     assert guest.take() == {(0x41, 0): 1}
 
 
-def test_a_forked_child_runs_a_guest_of_its_own(guest: CountingGuest) -> None:
+def test_a_forked_child_runs_a_guest_of_its_own(kvm: KvmGuest) -> None:
+    guest = kvm.running()
+
     def run() -> dict[tuple[int, int], int]:
         own = KvmVm()
         with CountingGuest(own) as there:

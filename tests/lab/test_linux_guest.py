@@ -111,7 +111,8 @@ def test_the_guest_went_on_in_other_processes(run: Run) -> None:
 
 
 def test_no_request_waits_for_an_interrupt_that_was_lost(run: Run) -> None:
-    # A request whose interrupt is lost is never done: there is no other way to hear of it, and no timer.
+    # The guest's driver has no timer: a request whose interrupt is lost waits for the next one of its vector. If all of
+    # them wait, no I/O makes progress, and the guest gives up.
     assert 0 < run.counts["slowest_ms"] < 30_000
 
 

@@ -265,7 +265,9 @@ def mutations(draw: st.DrawFn, state: State) -> State:
     state = copy.deepcopy(state)
     for _ in range(draw(st.integers(1, 3))):
         container, key = draw(st.sampled_from(places(state)))
-        match draw(st.sampled_from(["set", "set", "set", "delete", "add", "twice", "swap"])):
+        match draw(st.sampled_from(["set", "set", "flip", "flip", "delete", "add", "twice", "swap"])):
+            case "flip" if isinstance(container[key], bool):
+                container[key] = not container[key]
             case "set":
                 container[key] = draw(odd_values)
             case "delete":
@@ -297,9 +299,10 @@ def test_any_changed_state_is_restored_exactly_or_refused_with_nothing_changed(n
     restored, refused = [], []
 
     @settings(
-        max_examples=300 if name == "simulated" else 60,
+        max_examples=200 if name == "simulated" else 80,
         deadline=None,
         database=None,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(mutations(original))

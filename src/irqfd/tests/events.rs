@@ -322,3 +322,14 @@ fn a_closed_route_and_a_forked_child_take_no_eventfd() {
         [None, Some(fd)].iter().all(|event| matches!(routes[1].set_event(*event), Err(Error::Forked)))
     });
 }
+
+#[test]
+fn those_who_wait_for_the_old_eventfd_are_told() {
+    let (_partition, _recorder, routes) = armed(QUIESCED, 2);
+    let watches: Vec<_> = routes.iter().map(|route| route.watch().unwrap()).collect();
+    routes[0].set_event(None).unwrap();
+    let ended = watches.iter().map(|watch| EventFd::adopt(watch.changed()).unwrap().is_readable().unwrap());
+    assert_eq!(ended.collect::<Vec<_>>(), [true, false]);
+    let again = routes[0].watch().unwrap();
+    assert!(!EventFd::adopt(again.changed()).unwrap().is_readable().unwrap());
+}

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from mshv_irqfd._cli.doctor.machine import Machine, Node
 
-Status = Literal["ok", "warning", "missing"]
 
 BACKENDS: Final = ("mshv", "kvm", "simulated")
 VECTOR: Final = 0x41
@@ -34,7 +33,7 @@ class Check:
     """A finding."""
 
     subject: str
-    status: Status
+    status: Literal["ok", "warning", "missing"]
     found: str
     remedy: str | None = None
 
