@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thread_unsafe(reason="the threads would share the files of the site")
+
 TOOL = Path(__file__).parents[2] / "tools" / "docs_site.py"
 spec = importlib.util.spec_from_file_location("docs_site", TOOL)
 assert spec is not None
