@@ -201,6 +201,10 @@ impl<K: Bare> Steps for Floor<K> {
                 self.kernel.push_image(&self.tables[0])?;
                 all.clone().try_for_each(|index| self.arm(index))
             }
+            Workload::MsixBringUp => {
+                all.clone().try_for_each(|_| self.make())?;
+                self.work(Workload::BringUpBatch)
+            }
             Workload::Retarget if self.way == Way::Move => self.move_to(middle, self.next(middle)),
             Workload::Retarget => self.push_in_turn(1, all),
             Workload::RetargetStorm => {

@@ -172,7 +172,7 @@ impl<K: Bare> Steps for Rebuild<K> {
         let middle = self.middle();
         match workload {
             Workload::Create => (0..self.count).try_for_each(|_| self.make()),
-            Workload::BringUp => {
+            Workload::BringUp | Workload::MsixBringUp => {
                 for index in 0..self.count {
                     self.make()?;
                     self.set_msi(index, msi(index, false))?;

@@ -27,6 +27,8 @@ pub enum Workload {
     BringUpMade,
     /// Routes that exist, routed and armed together.
     BringUpBatch,
+    /// A device's vectors, set up together by the guest's driver: routes made, routed and armed.
+    MsixBringUp,
     /// One route moved to another vector.
     Retarget,
     /// One route after another, chosen at random, moved to a random vector of a random VP.
@@ -44,11 +46,12 @@ pub enum Workload {
 }
 
 impl Workload {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Create,
         Self::BringUp,
         Self::BringUpMade,
         Self::BringUpBatch,
+        Self::MsixBringUp,
         Self::Retarget,
         Self::RetargetStorm,
         Self::RetargetAll,
@@ -64,6 +67,7 @@ impl Workload {
             Self::BringUp => "bring-up",
             Self::BringUpMade => "bring-up-made",
             Self::BringUpBatch => "bring-up-batch",
+            Self::MsixBringUp => "msix-bring-up",
             Self::Retarget => "retarget",
             Self::RetargetStorm => "retarget-storm",
             Self::RetargetAll => "retarget-all",
@@ -77,7 +81,7 @@ impl Workload {
     /// The stage in which a workload begins.
     fn begins_with(self) -> Stage {
         match self {
-            Self::Create | Self::BringUp => Stage::Nothing,
+            Self::Create | Self::BringUp | Self::MsixBringUp => Stage::Nothing,
             Self::BringUpMade | Self::BringUpBatch => Stage::Made,
             Self::Push => Stage::Quiet,
             _ => Stage::Armed,
@@ -88,7 +92,7 @@ impl Workload {
     fn ends_with(self) -> Stage {
         match self {
             Self::Create => Stage::Made,
-            Self::BringUp | Self::BringUpMade | Self::BringUpBatch => Stage::Armed,
+            Self::BringUp | Self::BringUpMade | Self::BringUpBatch | Self::MsixBringUp => Stage::Armed,
             Self::TearDown => Stage::Nothing,
             other => other.begins_with(),
         }

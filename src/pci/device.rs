@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::vectors::{Faults, Vectors};
 use crate::irqfd::{Error, IrqFdRoute, MsiRoute, Partition, Result};
@@ -78,6 +78,18 @@ impl<R: Registers> Device<R> {
             }
         }
         faults
+    }
+
+    /// The lock, unless another thread has it.
+    pub(super) fn try_lock(&self) -> Result<Option<MutexGuard<'_, State<R>>>> {
+        self.vectors.check_open()?;
+        let state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+        };
+        self.vectors.check_open()?;
+        Ok(Some(state))
     }
 
     /// Changes the registers. Then arms and disarms the vectors that are to be, with one push at most.

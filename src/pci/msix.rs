@@ -102,7 +102,25 @@ impl SavedState for MsixState {
     const KIND: &'static str = "mshv_irqfd.MsixTable";
 }
 
+/// Whether dwords of an entry have its vector control.
+fn reaches_control(dwords: &Range<usize>) -> bool {
+    dwords.end % 4 == 0
+}
+
 impl MsixRegisters {
+    /// Writes dwords of the table. Returns the vector whose control was written.
+    fn write(&mut self, dwords: Range<usize>, data: &[u8]) -> Option<Changed> {
+        // A qword does not reach into the next entry.
+        let vector = dwords.start / 4;
+        let control = reaches_control(&dwords);
+        for (place, bytes) in dwords.zip(data.chunks_exact(4)) {
+            let value = bytes.iter().rev().fold(0, |high, low| high << 8 | u32::from(*low));
+            let writable = if place % 4 == CONTROL { MASK } else { u32::MAX };
+            self.entries[vector][place % 4] = value & writable;
+        }
+        control.then_some(Changed { vectors: vector..vector + 1, messages: false })
+    }
+
     fn save_table(&self) -> Vec<EntryState> {
         let entry = |(vector, [low, high, data, control]): (usize, &Entry)| EntryState {
             vector: vector as u32,
@@ -194,16 +212,21 @@ impl Device<MsixRegisters> {
     pub fn write_table(&self, offset: u64, data: &[u8]) -> Result {
         self.change(|registers| {
             let dwords = access::dwords(offset, data.len(), self.table_bytes())?;
-            // A qword does not reach into the next entry.
-            let vector = dwords.start / 4;
-            let control = dwords.end % 4 == 0;
-            for (place, bytes) in dwords.zip(data.chunks_exact(4)) {
-                let value = bytes.iter().rev().fold(0, |high, low| high << 8 | u32::from(*low));
-                let writable = if place % 4 == CONTROL { MASK } else { u32::MAX };
-                registers.entries[vector][place % 4] = value & writable;
-            }
-            control.then_some(Changed { vectors: vector..vector + 1, messages: false })
+            registers.write(dwords, data)
         })
+    }
+
+    /// As `write_table`, if that waits for nothing: neither for another thread nor for the kernel. Otherwise writes
+    /// nothing and returns false.
+    pub fn try_write_table(&self, offset: u64, data: &[u8]) -> Result<bool> {
+        let Some(mut state) = self.try_lock()? else { return Ok(false) };
+        let Some(dwords) = access::dwords(offset, data.len(), self.table_bytes()) else { return Ok(true) };
+        // While all vectors are masked or disabled, a mask bit arms and disarms none.
+        let waits = reaches_control(&dwords) && state.registers.control == ENABLE;
+        if !waits {
+            let _of_no_effect = state.registers.write(dwords, data);
+        }
+        Ok(!waits)
     }
 
     /// Reads the pending bits (section 6.8.2.10): a bit for each vector, in qwords. The bits beyond the last vector

@@ -110,6 +110,9 @@ impl MsixTable {
     ///         ignored.
     fn write_table(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let (offset, data) = (arguments::access(offset, "offset")?, arguments::bytes(data)?);
+        if self.0.try_write_table(offset, &data)? {
+            return Ok(());
+        }
         logged(py, self.0.vectors().partition(), || self.0.write_table(offset, &data))
     }
 

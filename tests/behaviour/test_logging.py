@@ -114,6 +114,7 @@ def test_a_device_logs_why_a_vector_stays_disarmed(guest: Guest, caplog: pytest.
     assert fault.startswith("vector 1 of the MSI-X table stays disarmed: MSI data 0x3 has vector 3")
 
 
+@pytest.mark.thread_unsafe(reason="the logger is the process's")
 def test_a_handler_may_use_the_partition_that_it_is_told_about(guest: Guest) -> None:
     partition, seen = guest.partition, []
 

@@ -20,7 +20,7 @@ from mshv_irqfd import (
     open_partition,
     testing,
 )
-from mshv_irqfd._guest import CountingGuest, GuestOfPartition
+from mshv_irqfd._guest import FENCE, CountingGuest, GuestOfPartition
 from support import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -91,6 +91,10 @@ class Guest(ABC):
     def reaches(self, msi: MsiRoute) -> bool:  # noqa: ARG002 - a subclass looks at it
         """Whether the guest shows the interrupt of an MSI."""
         return True
+
+    def is_upset_by(self, mode: int) -> bool:  # noqa: ARG002 - a subclass looks at it
+        """Whether an MSI whose data has this upper byte does more to the guest than to interrupt it."""
+        return False
 
     def seen(self, msi: MsiRoute) -> list[Interrupt]:
         """The interrupts of an MSI as the guest shows them: one, but for a broadcast to several VPs."""
@@ -212,12 +216,18 @@ class KvmGuest(Guest):
         return [Interrupt(vector, vp) for vector, vp in self.running().take().elements()]
 
     def seen(self, msi: MsiRoute) -> list[Interrupt]:
-        # No VP has a logical id.
-        vps = () if msi.logical else self.running().vps
+        # No VP has a logical id. Of the other delivery modes none arrives by its vector: KVM drops an ExtINT. The
+        # vector of fences is not counted.
+        by_vector = msi.data >> 8 & 7 in (0b000, 0b001) and msi.vector != FENCE
+        vps = self.running().vps if by_vector and not msi.logical else ()
         return [Interrupt(msi.vector, vp) for vp in vps if msi.destination in (vp, BROADCAST)]
 
     def reaches(self, msi: MsiRoute) -> bool:
         return self.seen(msi) != []
+
+    def is_upset_by(self, mode: int) -> bool:
+        # SMI, NMI and INIT: the counting guest has handlers for none of them.
+        return mode & 7 in (0b010, 0b100, 0b101)
 
 
 class MshvGuest(Guest):

@@ -25,7 +25,7 @@ VPS = 2
 VECTORS = [1, 2, 4, 8, 32]
 
 ADDRESSES = [0xFEE00000, 0xFEE01000, 0xFEE00000, 0xFEE05000, 0xFEE00004, 0xFEE00010, 0xFEE00003, 0]
-DATA = [0x40, 0x44, 0x60, 0x152, 0x10, 0x0F, 0x341, 0xFFFF, 0]
+DATA = [0x40, 0x44, 0x60, 0x152, 0x20, 0x0F, 0x341, 0xFFFF, 0]
 FIELDS: list[tuple[int, int, list[int]]] = [
     (2, 2, [0, 1, 0x11, 0x21, 0x31, 0x51, 0x71, 0xFFFF, 0x10]),
     (2, 1, [0, 1, 0x21, 0xFF]),
@@ -65,6 +65,8 @@ class Machine(RuleBasedStateMachine):
         self.write(2, bytes([1 | granted << 4]))
 
     def write(self, offset: int, data: bytes) -> None:
+        if self.guest.is_upset_by(dict(enumerate(data, offset)).get(13, 0)):
+            return
         with counting(self.guest.partition) as made:
             self.device.write_config(offset, data)
         assert made.stats.pushes <= 1

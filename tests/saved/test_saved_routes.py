@@ -350,6 +350,7 @@ def test_a_missing_vp_is_named_unless_the_route_is_masked(open_guest: Open) -> N
     guest.receives(msi(0x41, 3))
 
 
+@pytest.mark.thread_unsafe(reason="a closed number goes to whichever thread opens the next descriptor")
 def test_eventfds_that_no_route_can_have_are_refused(guest: Guest, theirs: int) -> None:
     state = state_of({"gsi": 30, "msi": message(0x41)}, {"gsi": 31})
     route = new_route(guest)

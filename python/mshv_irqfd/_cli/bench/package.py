@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from mshv_irqfd import MsiRoute, SimulatedPartition, _core, open_partition
+from mshv_irqfd import MsiRoute, MsixTable, SimulatedPartition, _core, open_partition
 from mshv_irqfd._cli.bench.timed import Timed
 from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, Standing, storm, vector
 
@@ -13,8 +13,30 @@ if TYPE_CHECKING:
     from mshv_irqfd import IrqFdRoute, Partition
 
 TIMEOUT = 60.0
-BRING_UPS = ("bring-up", "bring-up-made", "bring-up-batch")
+BRING_UPS = ("bring-up", "bring-up-made", "bring-up-batch", "msix-bring-up")
 """The workloads that begin on a new partition, whose kernel has no table yet."""
+VECTORS = 2048
+"""The most vectors of a device."""
+ENTRY, CONTROL = 16, 12
+"""The bytes of an entry of an MSI-X table, and where its vector control is (PCI Local Bus 3.0 section 6.8.2)."""
+MASKED, UNMASKED = (1).to_bytes(4, "little"), bytes(4)
+ENABLE, FUNCTION_MASK = 0x80, 0x40
+"""Bits of message control's upper byte, which is at offset 3 of the capability."""
+
+
+def driver_writes(msis: list[MsiRoute]) -> list[tuple[int, bytes]]:
+    """What a guest's driver writes to an MSI-X table to give each vector its MSI: dwords, as Linux does."""
+    masks = [(ENTRY * index + CONTROL, MASKED) for index in range(len(msis))]
+    writes = []
+    for index, msi in enumerate(msis):
+        entry = ENTRY * index
+        writes += [
+            (entry, msi.address.to_bytes(4, "little")),
+            (entry + 4, bytes(4)),
+            (entry + 8, msi.data.to_bytes(4, "little")),
+            (entry + CONTROL, UNMASKED),
+        ]
+    return masks + writes
 
 
 class Package(Timed):
@@ -35,12 +57,16 @@ class Package(Timed):
         self.routes: list[IrqFdRoute] = []
         self.msis = [[MsiRoute.fixed(vector(index, turn=turn), 0) for index in range(count)] for turn in (False, True)]
         self.middle = count // 2
+        self.tables: list[MsixTable] = []
+        msis = self.msis[False]
+        self.writes = [driver_writes(msis[at : at + VECTORS]) for at in range(0, count, VECTORS)]
         self.storm = cycle([(index, MsiRoute.fixed(number, vp)) for index, number, vp in storm(count)])
         self.steps = {
             "create": self._create,
             "bring-up": self._bring_up,
             "bring-up-made": self._bring_up_made,
             "bring-up-batch": self._set_all,
+            "msix-bring-up": self._msix_bring_up,
             "retarget-storm": self._retarget_storm,
             "retarget-all": self._set_all,
             "tear-down": self._tear_down,
@@ -60,6 +86,14 @@ class Package(Timed):
     def _bring_up_made(self) -> None:
         for route, msi in zip(self.routes, self.msis[self.turn], strict=True):
             route.set_msi(msi)
+
+    def _msix_bring_up(self) -> None:
+        for table, writes in zip(self.tables, self.writes, strict=True):
+            write, control = table.write_table, table.write_message_control
+            control(3, bytes([ENABLE | FUNCTION_MASK]))
+            for offset, data in writes:
+                write(offset, data)
+            control(3, bytes([ENABLE]))
 
     def _retarget_storm(self) -> None:
         index, msi = next(self.storm)
@@ -117,10 +151,23 @@ class Package(Timed):
         for _ in range(calls if workload in BRING_UPS else 1):
             if workload in BRING_UPS:
                 self._renew()
+            if workload == "msix-bring-up":
+                total += self._run_devices()
+                continue
             if self.standing == Standing.NOTHING:
                 self.routes = []
             total += super().run(workload, 1 if workload in BRING_UPS else calls)
         return total
+
+    def _run_devices(self) -> int:
+        """Times the bring-up of new devices, and takes them away."""
+        left = range(self.count, 0, -VECTORS)
+        self.tables = [MsixTable(self.partition, min(VECTORS, vectors)) for vectors in left]
+        took = super().run("msix-bring-up", 1)
+        for table in self.tables:
+            table.close()
+        self.standing = Standing.NOTHING
+        return took
 
     def _arrange(self, standing: Standing) -> None:
         if standing == Standing.NOTHING:

@@ -119,6 +119,7 @@ class PlainPython(Timed):
             "bring-up": self._bring_up,
             "bring-up-made": self._bring_up_made,
             "bring-up-batch": self._bring_up_batch,
+            "msix-bring-up": self._msix_bring_up,
             "retarget": self._retarget,
             "retarget-storm": self._retarget_storm,
             "retarget-all": self._retarget_all,
@@ -163,6 +164,10 @@ class PlainPython(Timed):
         self._push()
         for index in range(self.count):
             self._arm(index)
+
+    def _msix_bring_up(self) -> None:
+        self._create()
+        self._bring_up_batch()
 
     def _retarget(self) -> None:
         self.turn = not self.turn

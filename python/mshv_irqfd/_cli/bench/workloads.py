@@ -15,6 +15,7 @@ WORKLOADS = {
     "bring-up": "routes created, routed and armed, one by one",
     "bring-up-made": "existing routes, routed and armed, one by one",
     "bring-up-batch": "existing routes, routed and armed in one batch",
+    "msix-bring-up": "a device's vectors, set up by its guest's driver: masked, programmed, enabled",
     "retarget": "one route moved to another vector",
     "retarget-storm": "one random route moved to a random vector of a random VP",
     "retarget-all": "all routes moved to other vectors in one batch",
@@ -40,6 +41,7 @@ BEGINS = {
     "bring-up": Standing.NOTHING,
     "bring-up-made": Standing.MADE,
     "bring-up-batch": Standing.MADE,
+    "msix-bring-up": Standing.NOTHING,
     "push": Standing.QUIET,
 }
 """The standing before a workload; `ARMED` for the others."""
@@ -48,6 +50,7 @@ ENDS = {
     "bring-up": Standing.ARMED,
     "bring-up-made": Standing.ARMED,
     "bring-up-batch": Standing.ARMED,
+    "msix-bring-up": Standing.ARMED,
     "push": Standing.QUIET,
     "tear-down": Standing.NOTHING,
 }
