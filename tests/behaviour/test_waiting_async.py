@@ -475,14 +475,18 @@ def test_a_callers_own_reader_stays(guest: Guest, run: Run) -> None:
 def test_loops_of_several_threads_share_the_signals(guest: Guest, kind: str, run: Run) -> None:
     with a_source(guest, kind) as source:
         taken: Counter[int] = Counter()
+        begun = threading.Barrier(3)
 
         async def main() -> None:
-            async for count in source:
+            signals = aiter(source)
+            begun.wait(PATIENCE)
+            async for count in signals:
                 taken[threading.get_ident()] += count
 
         threads = [threading.Thread(target=run, args=(main(),)) for _ in range(2)]
         for thread in threads:
             thread.start()
+        begun.wait(PATIENCE)
         for number in range(1, 201):
             source.signal()
             if number % 50 == 0:
