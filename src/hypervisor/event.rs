@@ -161,7 +161,9 @@ impl EventFd {
 
     /// If other code has closed the descriptor, forgets it without a close: the number may belong to another file next.
     pub fn forget_if_closed(&self) {
-        if !descriptor::is_open(self.inner.as_raw_fd()) {
+        if descriptor::is_open(self.inner.as_raw_fd()) {
+            self.wake_waiters();
+        } else {
             self.forget();
         }
     }

@@ -104,8 +104,11 @@ impl<T: Default + Sync> PerProcess<T> {
 impl<T> Drop for PerProcess<T> {
     fn drop(&mut self) {
         let last = *self.0.get_mut();
-        if !last.is_null() {
-            // SAFETY: made by Box::into_raw in `get`; with `self` borrowed mutably, nobody else has it.
+        // SAFETY: null, or made by Box::into_raw in `get`.
+        let is_own = unsafe { last.as_ref() }.is_some_and(|(of, _)| of.is_current());
+        // In a forked child, a thread that it does not have may have been changing the parent's value.
+        if is_own {
+            // SAFETY: as above; with `self` borrowed mutably, nobody else has it.
             drop(unsafe { Box::from_raw(last) });
         }
     }
@@ -142,6 +145,33 @@ mod tests {
         assert_eq!(status, 0);
         assert!(owner.is_current());
         assert_eq!(VALUES.get().unwrap().load(Ordering::Relaxed), 7);
+    }
+
+    #[test]
+    fn a_forked_child_leaves_its_parents_value_alone_when_it_drops_its_copy() {
+        static DROPS: AtomicU64 = AtomicU64::new(0);
+        #[derive(Default)]
+        struct Counted;
+        impl Drop for Counted {
+            fn drop(&mut self) {
+                DROPS.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let value: PerProcess<Counted> = PerProcess::new();
+        value.get().unwrap();
+        // SAFETY: the child calls nothing but a drop and _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            drop(value);
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { libc::_exit(DROPS.load(Ordering::Relaxed) as i32) };
+        }
+        let mut status = -1;
+        // SAFETY: waits for the child made above.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "the child dropped its parent's value");
+        drop(value);
+        assert_eq!(DROPS.load(Ordering::Relaxed), 1);
     }
 
     #[test]

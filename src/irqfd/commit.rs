@@ -14,6 +14,7 @@ use super::plan::{Change, Plan};
 use super::shared::Route;
 use super::state::State;
 use super::trace::Reason;
+use crate::hypervisor::event::EventFd;
 
 impl State {
     /// Makes all `changes`, or none.
@@ -76,6 +77,8 @@ impl State {
             self.loads = plan.pushed;
             pushed?;
         }
+        let held = |change: &&Change| change.event.as_ref().is_some_and(|event| is_held(event, changes));
+        plan.held = changes.iter().filter(held).map(|change| change.index).collect();
         let armed = self.armed.len();
         let again = disarmed.iter().rev().map(|index| (usize::from(*index), Reason::PushIsOver));
         let mut all = changes.iter().map(|change| (change.index, Reason::Wanted)).chain(again);
@@ -184,8 +187,15 @@ impl State {
             let slot = &self.slots[change.index];
             let (before, same) = (&change.before, change.event.is_none() || slot.has(&change.before.event));
             let stays = before.wanted.is_some() && before.place == slot.place() && same;
-            if slot.is_armed() && !stays && self.disarm(change.index).is_err() {
+            if !slot.is_armed() || stays {
+                continue;
+            }
+            if self.disarm(change.index).is_err() {
                 failure.broken.push(self.quarantine(change.index));
+            } else if let Some(event) = change.event.as_ref().filter(|_| plan.held.contains(&change.index)) {
+                // Arming has raised this route's interrupt for signals of the route that has the eventfd still. If other
+                // code has closed it, nobody can be told.
+                let _gone = event.signal(1);
             }
         }
         for change in changes {
@@ -299,4 +309,10 @@ impl State {
         self.closing = true;
         self.slots.iter().filter_map(|slot| slot.route.clone()).collect()
     }
+}
+
+/// Whether an eventfd comes with signals from one of these slots.
+fn is_held(event: &EventFd, changes: &[Change]) -> bool {
+    let mut olds = changes.iter().filter_map(|change| change.before.event.as_deref());
+    olds.any(|old| event.is_same(old).unwrap_or(false)) && event.is_readable().unwrap_or(false)
 }

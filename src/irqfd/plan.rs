@@ -59,6 +59,8 @@ pub(super) struct Plan {
     pub(super) loaded: u64,
     /// The slots that go back to their own GSIs.
     pub(super) homed: Vec<Homed>,
+    /// The slots whose new eventfds were another slot's, and come with signals.
+    pub(super) held: Vec<usize>,
 }
 
 /// A slot that goes from a spare GSI back to its own, with the message that it has.

@@ -16,6 +16,7 @@ use super::plan::Change;
 use super::route::IrqFdRoute;
 use super::shared::{Intent, Route};
 use super::state::State;
+use super::trace::Reason;
 use crate::hypervisor::{CallError, Operation};
 
 /// The state of a partition's routes, but for those of devices: each device saves its own.
@@ -261,9 +262,11 @@ impl State {
     /// or in a counter. Arming again raises an interrupt for those that came since.
     fn look(&mut self, indexes: &[usize]) -> std::result::Result<Vec<bool>, Failure> {
         let mut disarmed = Vec::new();
+        self.reason = Reason::Saved;
         let result = self.look_disarmed(indexes, &mut disarmed);
         let mut left = None;
         for index in disarmed {
+            self.reason = Reason::Saved;
             let armed = self.assign(index).and_then(|()| self.drain(self.armed.len() - 1));
             self.publish(index);
             if let Err(failure) = armed {

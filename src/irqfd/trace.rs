@@ -36,8 +36,10 @@ pub enum Reason {
     RolledBack,
     /// Its counter could not be drained.
     Undrained,
-    /// The kernel has to raise what it has taken from the eventfds, before the state is saved.
+    /// The kernel has to raise what it has taken from the eventfds.
     Flushed,
+    /// The state is being saved: the eventfd is looked at.
+    Saved,
     /// The caller closed the route.
     Closed,
 }
@@ -55,7 +57,8 @@ impl fmt::Display for Reason {
             Self::Waited => "it waited to be re-armed since an earlier failure",
             Self::RolledBack => "a call failed, and the change is undone",
             Self::Undrained => "its eventfd could not be drained",
-            Self::Flushed => "the state is being saved",
+            Self::Flushed => "the interrupts on their way are waited for",
+            Self::Saved => "the state is being saved",
             Self::Closed => "it is closed",
         })
     }

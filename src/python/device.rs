@@ -163,7 +163,7 @@ impl Device {
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         let abandoned = self._abandon(py);
-        log::emit(py, &self.partition.get().core);
+        log::emit(py, &self.partition.get().core)?;
         abandoned
     }
 }

@@ -168,7 +168,7 @@ impl IoEventFd {
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         let abandoned = self._abandon(py);
-        log::emit(py, &self.partition.get().core);
+        log::emit(py, &self.partition.get().core)?;
         abandoned
     }
 

@@ -3,6 +3,7 @@
 //! Records are emitted after a call, attached and with no lock held. A program that has not imported `logging` logs
 //! nothing, and is spared the import.
 
+use pyo3::exceptions::PyException;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -30,11 +31,16 @@ fn logger(py: Python<'_>) -> PyResult<Option<&Bound<'_, PyAny>>> {
 }
 
 /// Whether the logger takes records of calls.
-pub(super) fn wants_calls(py: Python<'_>) -> PyResult<bool> {
-    match logger(py)? {
+pub(super) fn wants_calls(py: Python<'_>) -> bool {
+    let wants = logger(py).and_then(|logger| match logger {
         Some(logger) => logger.call_method1(intern!(py, "isEnabledFor"), (DEBUG,))?.is_truthy(),
         None => Ok(false),
-    }
+    });
+    // Another thread may be importing `logging` just now.
+    wants.unwrap_or_else(|error| {
+        error.write_unraisable(py, None);
+        false
+    })
 }
 
 /// Makes a call into the core with the interpreter detached, and then logs what was done.
@@ -44,19 +50,25 @@ pub(super) fn logged<T: Send>(
     call: impl FnOnce() -> irqfd::Result<T> + Send,
 ) -> PyResult<T> {
     let result = py.detach(call);
-    emit(py, partition);
+    if let Err(interrupt) = emit(py, partition) {
+        // What the call has made goes unseen, and waits for locks when it is dropped.
+        py.detach(move || drop(result));
+        return Err(interrupt);
+    }
     Ok(result?)
 }
 
-/// Logs the events of a partition. A log that fails is no failure of the call.
-pub(super) fn emit(py: Python<'_>, partition: &Partition) {
+/// Logs the events of a partition. A log that fails is no failure of the call, but Ctrl-C meanwhile is.
+pub(super) fn emit(py: Python<'_>, partition: &Partition) -> PyResult<()> {
     if !partition.trace().is_waiting() || partition.check_owner().is_err() {
-        return;
+        return Ok(());
     }
     let events = py.detach(|| partition.trace().take());
-    if let Err(error) = write(py, partition, &events) {
-        error.write_unraisable(py, None);
+    match write(py, partition, &events) {
+        Err(error) if error.is_instance_of::<PyException>(py) => error.write_unraisable(py, None),
+        other => return other,
     }
+    Ok(())
 }
 
 fn write(py: Python<'_>, partition: &Partition, events: &[Event]) -> PyResult<()> {

@@ -75,7 +75,7 @@ impl Partition {
                 py.detach(|| irqfd::Partition::adopt(backend, fd, &options))?
             }
         };
-        core.trace().set_calls(log::wants_calls(py)?);
+        core.trace().set_calls(log::wants_calls(py));
         Ok(Self::new(core))
     }
 
@@ -478,7 +478,7 @@ impl Partition {
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         let abandoned = self._abandon(py);
-        log::emit(py, &self.core);
+        log::emit(py, &self.core)?;
         abandoned
     }
 

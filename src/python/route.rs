@@ -263,7 +263,7 @@ impl IrqFdRoute {
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
         let abandoned = self._abandon(py);
-        log::emit(py, self.route.partition());
+        log::emit(py, self.route.partition())?;
         abandoned
     }
 

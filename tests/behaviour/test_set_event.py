@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from backends import Guest, KvmGuest
+    from faults import Faults
     from raw_kvm import KvmVm
 
 
@@ -140,6 +141,28 @@ def test_an_eventfd_moves_with_its_pending_signals(guest: Guest) -> None:
         guest.receives(msi(0x42))
         old.unmask()
         guest.receives_nothing()
+
+
+def test_an_eventfd_whose_move_is_undone_keeps_its_pending_signals(guest: Guest, faults: Faults) -> None:
+    with armed(guest, 3) as [new, old, last]:
+        for route in (old, last):
+            route.mask()
+        old.signal()
+        # The new route is armed with the signal that waits, then the last one is refused.
+        faults.fail(guest.partition, "assign_irqfd", errno.ENOMEM, after=1)
+
+        def move() -> None:
+            with guest.partition.batch() as batch:
+                batch.set_event(new, old)
+                batch.set_event(old, None)
+                batch.unmask(last)
+
+        with pytest.raises(IrqFdError):
+            faults.run(move)
+        assert old.pending
+        guest.receives(msi(0x41))
+        old.unmask()
+        guest.receives(msi(0x42))
 
 
 @in_both_modes

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from support import until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfio_passthrough import VfioDevice
 
 CONFIGURATION, STATUS, QUEUE_SIZES, SUBMISSIONS, COMPLETIONS, DOORBELLS = 0x14, 0x1C, 0x24, 0x28, 0x30, 0x1000
@@ -58,9 +60,13 @@ class Queue:
 
 
 class Nvme:
-    """The controller, with an I/O queue for each of the vectors from 1 up. Vector 0 is the admin queue's."""
+    """The controller, with an I/O queue for each of the vectors from 1 up. Vector 0 is the admin queue's.
 
-    def __init__(self, device: VfioDevice, queues: int) -> None:
+    `interrupted` is called after each command of the admin queue: two are needed to make an I/O queue. Without a wait
+    for its interrupt there, the next command's may merge with it.
+    """
+
+    def __init__(self, device: VfioDevice, queues: int, interrupted: Callable[[], object] = lambda: None) -> None:
         self.device = device
         self.memory = mmap.mmap(-1, (2 * queues + 3) * PAGE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         device.map(IOVA, self.memory)
@@ -84,6 +90,7 @@ class Nvme:
             ):
                 admin.submit(command, data=address, words=(size, how))
                 admin.complete()
+                interrupted()
             self.queues.append(queue)
 
     def page(self, number: int) -> int:

@@ -21,7 +21,7 @@ from support import PATIENCE, msi, rare, until
 from vfio_passthrough import EDU, VFIO_PCI, Edu, VfioDevice, find
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 NVME = ("0x1b36", "0x0010")
 
@@ -204,9 +204,7 @@ def test_each_queue_of_a_device_with_msix_interrupts_on_its_own_vector(guest: Ms
             driver.unmask(number)
         driver.control(ENABLE)
         nvme.connect(VfioDevice.MSIX, [vector.event.fileno() for vector in driver.table.vectors])
-        controller = Nvme(nvme, queues)
-        # The admin queue's: two commands made each queue.
-        until(_arrives(guest, msi(0x40), 2 * queues), "the admin queue's interrupts")
+        controller = Nvme(nvme, queues, interrupted=lambda: guest.gets(msi(0x40)))
         for turn in range(50):
             queue = 1 + turn % queues
             data = os.urandom(512)
@@ -215,18 +213,6 @@ def test_each_queue_of_a_device_with_msix_interrupts_on_its_own_vector(guest: Ms
             assert controller.transfer(queue, READ, turn) == data
             guest.gets(msi(0x40 + queue))
         nvme.connect(VfioDevice.MSIX, [])
-
-
-def _arrives(guest: MshvGuest, message: Any, count: int) -> Callable[[], bool]:
-    """Whether these interrupts have arrived; on the root scheduler, which shows only a set, at least one."""
-    arrived = list[Interrupt]()
-
-    def check() -> bool:
-        arrived.extend(guest.poll())
-        assert {interrupt.vector for interrupt in arrived} <= {message.vector}
-        return len(arrived) >= (count if guest.counted else 1)
-
-    return check
 
 
 def test_masked_vectors_of_a_device_with_msix_are_pending(guest: MshvGuest, nvme: VfioDevice) -> None:

@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -367,7 +367,8 @@ class CountingGuest:
 
         In a forked child, where no VP runs, it closes the child's descriptors and does nothing else.
         """
-        with self._lock:
+        # In a forked child a thread that it does not have may hold the lock.
+        with self._lock if os.getpid() == self._owner else nullcontext():
             if self._memory.closed:
                 return
             for vp in self._vps.values():
