@@ -630,7 +630,7 @@ class Device:
         """The vectors, a sequence."""
 
     def reset(self) -> None:
-        """Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
+        """Returns to the state after a reset of the device: disabled; in MSI-X, every vector masked and every entry 0.
 
         Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
         the kernel refuses: see `faults()`.

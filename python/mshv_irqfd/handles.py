@@ -255,8 +255,8 @@ class SimulatedPartition(Partition):
         They have rung when this returns. Other writes do nothing: there is no guest memory.
 
         Args:
-            address: the guest-physical address, of 64 bits.
-            data: 1, 2, 4 or 8 bytes, the lowest first.
+            address: the guest-physical address, 64 bits.
+            data: 1, 2, 4 or 8 bytes, little-endian.
 
         Returns:
             Whether a doorbell rang. A real guest's other writes go to its VMM.

@@ -164,6 +164,8 @@ def failing(
         AssertionError: the block made fewer such calls.
         ValueError, OverflowError, TypeError: an argument is invalid.
     """
+    if not isinstance(partition, SimulatedPartition):
+        raise TypeError(f"only a simulated kernel fails on request; {partition!r} is none: use simulated_partition")
     before = partition.stats().failures
     partition.fail(call, errno, after=after, times=times)
     try:

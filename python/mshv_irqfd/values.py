@@ -34,18 +34,26 @@ class Interrupt(NamedTuple):
     """An interrupt that has arrived. On KVM only the vector is known; the other fields are None."""
 
     vector: int
+    """The vector, 0 to 255."""
     destination: int | None = None
+    """The APIC id of its VP, or the logical destination."""
     delivery_mode: DeliveryMode | None = None
+    """How it is delivered: FIXED for most."""
     logical: bool | None = None
+    """Whether the destination is a logical one."""
     level: bool | None = None
+    """Whether it is level-triggered."""
 
 
 class RoutingEntry(NamedTuple):
     """An MSI entry of a routing table."""
 
     gsi: int
+    """The GSI."""
     address: int
+    """The MSI's address."""
     data: int
+    """The MSI's data."""
 
     def __repr__(self) -> str:
         return f"RoutingEntry(gsi={self.gsi}, address={self.address:#010x}, data={self.data:#06x})"

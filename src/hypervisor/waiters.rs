@@ -180,9 +180,7 @@ mod tests {
             let event = EventFd::new().unwrap();
             std::thread::scope(|scope| {
                 scope.spawn(|| event.close());
-                if let Ok(watch) = event.watch()
-                    && !event.is_closed()
-                {
+                if let Some(watch) = event.watch().ok().filter(|_| !event.is_closed()) {
                     let mut poll = libc::pollfd { fd: watch.changed(), events: libc::POLLIN, revents: 0 };
                     // SAFETY: one pollfd, which lives across the call.
                     assert_eq!(unsafe { libc::poll(&mut poll, 1, 20_000) }, 1, "never told");

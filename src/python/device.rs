@@ -93,7 +93,7 @@ impl Device {
         Vectors(slf.unbind())
     }
 
-    /// Returns to the state after a reset of the device: MSI-X disabled, every vector masked, every entry 0.
+    /// Returns to the state after a reset of the device: disabled; in MSI-X, every vector masked and every entry 0.
     ///
     /// Takes away what is pending, and the faults. The vectors keep their eventfds and GSIs. Never raises for what
     /// the kernel refuses: see `faults()`.

@@ -438,8 +438,8 @@ impl Partition {
         Ok(py.detach(|| self.core.settle())?)
     }
 
-    fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: Vec<u8>) -> PyResult<bool> {
-        let address = arguments::address("address", address)?;
+    fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let (address, data) = (arguments::address("address", address)?, arguments::bytes(data)?);
         Ok(py.detach(|| self.core.write_mmio(address, &data))?)
     }
 

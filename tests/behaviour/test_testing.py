@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from mshv_irqfd import Interrupt, IoEventFdError, IrqFdError, KvmPartition, RoutingError, SimulatedPartition, testing
@@ -37,6 +37,15 @@ def text(partition: Telling, message: str) -> str:
     return (
         message if isinstance(partition, SimulatedPartition) else message.replace("1 x ", "").replace(" to APIC 0", "")
     )
+
+
+def test_a_real_kernel_does_not_fail_on_request(kvm_partition: KvmPartition) -> None:
+    wrong: Any = kvm_partition
+    with (
+        pytest.raises(TypeError, match="only a simulated kernel fails on request; <KvmPartition"),
+        failing(wrong, "assign_irqfd", errno.EIO),
+    ):
+        pass
 
 
 def test_what_is_expected_is_returned_and_nothing_is_left(partition: Telling) -> None:
