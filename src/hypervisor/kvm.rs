@@ -57,6 +57,16 @@ struct Vcpus {
     unclaimed: BTreeSet<(u8, u8)>,
 }
 
+/// Makes a VM. A signal that comes meanwhile ends the ioctl with EINTR and no VM, so it is made again.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made,
+        }
+    }
+}
+
 fn failed(operation: Operation, call: &'static str, error: kvm_ioctls::Error) -> CallError {
     CallError::new(operation, call, error.errno())
 }
@@ -76,7 +86,7 @@ impl KvmPartition {
     /// Makes a VM with its interrupt controllers in the kernel.
     pub fn open(device: &Path) -> CallResult<Self> {
         let kvm = open_device(device)?;
-        let vm = kvm.create_vm().map_err(|error| failed(Operation::Open, "KVM_CREATE_VM", error))?;
+        let vm = create_vm(&kvm).map_err(|error| failed(Operation::Open, "KVM_CREATE_VM", error))?;
         vm.create_irq_chip().map_err(|error| failed(Operation::Open, "KVM_CREATE_IRQCHIP", error))?;
         Ok(Self {
             vm: Some(vm),

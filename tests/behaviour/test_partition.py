@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -374,6 +376,8 @@ def test_without_proc_closing_releases_every_descriptor(backend: Backend) -> Non
         pytest.skip("needs root, to start a program without /proc: run as root")
     code = f"""
 import os
+import signal
+import threading
 from mshv_irqfd import MsiRoute, open_partition
 def files():
     found = []
@@ -395,3 +399,23 @@ print("fine")
     without_proc = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
     ended = run_python(code, "-W", "error", under=without_proc)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fine\n", "")
+
+
+def test_a_signal_that_comes_while_a_partition_is_opened_does_no_harm(backend: Backend) -> None:
+    main, over = threading.main_thread().ident, threading.Event()
+    assert main is not None
+
+    def disturb() -> None:
+        while not over.wait(0.0002):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        for _ in range(100):
+            backend.open().close()
+    finally:
+        over.set()
+        disturber.join()
+        signal.signal(signal.SIGUSR1, before)
