@@ -116,6 +116,7 @@ lint: build-dev ## Check format, style, types, and the stub against the module
 	cargo clippy --quiet --locked --all-targets --all-features -- --deny warnings
 	cargo clippy --quiet --locked --all-targets -- --deny warnings
 	$(RUN) tools/import_floors.py --check
+	$(RUN) tools/break_rules.py --check
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy

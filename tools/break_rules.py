@@ -1,6 +1,7 @@
 """Breaks the package's rules on purpose, one clause at a time, and checks that the named tests fail.
 
 usage: python tools/break_rules.py [--lab] [NAME...]    (needs git, cargo, and `make build-dev`)
+       python tools/break_rules.py --check              (do all of them apply, and do the tests that they name exist?)
 
 Each patch in tests is one break: a first line that states the clause, `Red:` lines that name the tests that must
 fail, and a patch. The patch is applied to a copy of the tree and reverted afterwards. The copy and its builds are kept
@@ -276,15 +277,39 @@ def tried(each: Break) -> list[str]:
     return wrong
 
 
+def check(breaks: list[Break]) -> list[str]:
+    """Returns an error for each patch that does not apply, and for each named test that does not exist."""
+    collect = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "--quiet", BREAKS]
+    collected = subprocess.run(collect, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
+    there = set(collected.splitlines())
+    functions = set(re.findall(r"\bfn (\w+)", "".join(path.read_text() for path in (ROOT / "src").rglob("*.rs"))))
+    wrong = []
+    for each in breaks:
+        apply_it = ["git", "apply", "--check", "-C1", "--recount", each.patch]
+        done = subprocess.run(apply_it, cwd=ROOT, check=False, stderr=subprocess.PIPE, text=True)  # noqa: S603
+        if done.returncode != 0:
+            wrong.append(f"{each.name} does not apply: {done.stderr.strip()}")
+        for test in each.tests:
+            name = test.name.rpartition("::")[2]
+            if test.name not in there if test.kind in ("pytest", "lab") else name not in functions:
+                wrong.append(f"{each.name} names a test that does not exist: {test.name} ({test.kind})")
+    return wrong
+
+
 def main() -> int:
     """Tries the breaks, and prints the results."""
     arguments = argparse.ArgumentParser(description="Breaks the rules on purpose and checks that tests fail.")
     arguments.add_argument("names", metavar="NAME", nargs="*", help="a patch in tests/rules, by name (default: all)")
     arguments.add_argument("--lab", action="store_true", help="run the tests of the lab, and no others")
+    arguments.add_argument("--check", action="store_true", help="try none, but check that all still fit the code")
     options = arguments.parse_args()
     patches = {patch.stem: patch for patch in sorted(BREAKS.rglob("*.patch"))}
     if unknown := set(options.names) - set(patches):
         arguments.error(f"unknown break: {', '.join(sorted(unknown))}")
+    if options.check:
+        wrong = check([read(patch, KINDS) for patch in patches.values()])
+        sys.stderr.writelines(f"{line}\n" for line in wrong)
+        return int(bool(wrong))
     began = time.monotonic()
     kinds = ("lab",) if options.lab else tuple(kind for kind in KINDS if kind != "lab")
     try:

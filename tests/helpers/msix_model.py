@@ -54,11 +54,11 @@ class Model:
     def length(self) -> int:
         return len(self.vectors) * ENTRY
 
-    def live(self, vector: Vector) -> bool:
-        return self.control == ENABLE and not vector.masked
+    def live(self, number: int) -> bool:
+        return self.control == ENABLE and not self.vectors[number].masked
 
-    def masked(self, vector: Vector) -> bool:
-        return bool(self.control & FUNCTION_MASK) or vector.masked
+    def masked(self, number: int) -> bool:
+        return bool(self.control & FUNCTION_MASK) or self.vectors[number].masked
 
     # The guest
 
@@ -82,23 +82,24 @@ class Model:
     def write_table(self, offset: int, data: bytes) -> None:
         if not (len(data) in (4, 8) and offset % len(data) == 0 and 0 <= offset <= self.length - len(data)):
             return
-        vector = self.vectors[offset // ENTRY]
-        before = self.live(vector)
+        number = offset // ENTRY
+        vector, before = self.vectors[number], self.live(number)
         vector.entry[offset % ENTRY : offset % ENTRY + len(data)] = data
         vector.entry[CONTROL:] = bytes([vector.entry[CONTROL] & MASK, 0, 0, 0])
-        self.follow(vector, before)
+        self.follow(number, before)
 
     def write_message_control(self, offset: int, data: bytes) -> None:
         if len(data) in (1, 2, 4) and offset % len(data) == 0 and 0 <= offset <= 3 < offset + len(data):
-            before = [self.live(vector) for vector in self.vectors]
+            before = [self.live(number) for number in range(len(self.vectors))]
             self.control = data[3 - offset] << 8 & (ENABLE | FUNCTION_MASK)
-            for vector, was_live in zip(self.vectors, before, strict=True):
-                self.follow(vector, was_live)
+            for number, was_live in enumerate(before):
+                self.follow(number, was_live)
 
-    def follow(self, vector: Vector, before: bool) -> None:
+    def follow(self, number: int, before: bool) -> None:
         """Arms or disarms a vector that may send now and could not before, or the other way round."""
-        if before == self.live(vector):
+        if before == self.live(number):
             return
+        vector = self.vectors[number]
         vector.message = None
         if before:
             return
@@ -122,8 +123,3 @@ class Model:
     def reset(self) -> None:
         self.control = 0
         self.vectors = [Vector(has_route=vector.has_route) for vector in self.vectors]
-
-    def restore(self) -> None:
-        """Saves and restores the device: only a vector that may send can have a fault then."""
-        for vector in self.vectors:
-            vector.faulty = vector.faulty and self.live(vector)

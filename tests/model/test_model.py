@@ -7,44 +7,24 @@ replays it.
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 from machine import Machine
 from needs import need_faults
+from stateful import run
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-
-
-def size() -> tuple[int, int]:
-    """The number of runs, and of steps in each."""
-    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "40x30").partition("x")
-    return int(runs), int(steps)
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["simulated", "kvm", "adopted", "mshv"])
 def test_after_any_steps_a_partition_matches_the_model(name: str) -> None:
     need_faults("kvm" if name == "adopted" else name)
-    runs, steps = size()
     Machine.runs = Machine.steps = Machine.failed = Machine.races = Machine.pushes = Machine.hits = 0
-    machine: Any = functools.partial(Machine, name)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=runs,
-            stateful_step_count=steps,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run(functools.partial(Machine, name), default="40x30")
     sys.stdout.write(
         f"{name}: {Machine.runs} runs, {Machine.steps} steps, {Machine.failed} calls failed, "
         f"{Machine.races} signals raced, {Machine.pushes} pushes, {Machine.hits} hits\n"

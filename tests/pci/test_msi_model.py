@@ -6,22 +6,16 @@
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any, Literal
 
 import pytest
-from backends import Backend
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, rule
 from mshv_irqfd import MsiCapability
 from msi_model import LENGTH, Model
 from needs import need
-from states import carried
+from stateful import VPS, DeviceMachine, run
 from support import counting
-from test_msix_model import size
 
-VPS = 2
 VECTORS = [1, 2, 4, 8, 32]
 
 ADDRESSES = [0xFEE00000, 0xFEE01000, 0xFEE00000, 0xFEE05000, 0xFEE00004, 0xFEE00010, 0xFEE00003, 0]
@@ -47,19 +41,16 @@ def field_writes(draw: st.DrawFn) -> tuple[int, bytes]:
     return at, draw(st.sampled_from(values)).to_bytes(width, "little")
 
 
-class Machine(RuleBasedStateMachine):
+class Machine(DeviceMachine):
+    device: MsiCapability
+
     def __init__(self, name: str) -> None:
-        super().__init__()
-        backend = Backend(name)
-        self.guest = backend.guest(backend.open(vps=VPS))
-        self.device = MsiCapability(self.guest.partition, 1)
-        self.model = Model(1, set(range(VPS)))
+        super().__init__(name)
+        self.begin(1, 0, 0)
 
     @initialize(count=st.sampled_from(VECTORS), granted=st.integers(0, 5), data=st.sampled_from(DATA[:4]))
     def begin(self, count: int, granted: int, data: int) -> None:
-        self.device.close()
-        self.device = MsiCapability(self.guest.partition, count)
-        self.model = Model(count, set(range(VPS)))
+        self.use(MsiCapability(self.guest.partition, count), Model(count, set(range(VPS))))
         self.write(4, (0xFEE00000).to_bytes(4, "little"))
         self.write(12, data.to_bytes(2, "little"))
         self.write(2, bytes([1 | granted << 4]))
@@ -86,90 +77,17 @@ class Machine(RuleBasedStateMachine):
     def write_anything(self, offset: int, data: bytes) -> None:
         self.write(offset, data)
 
-    @rule(vector=st.integers(0, 31), how=st.sampled_from(["signal", "signal", "event", "bare"]))
-    def signal(self, vector: int, how: Literal["signal", "event", "bare"]) -> None:
-        vector %= len(self.model.vectors)
-        ours, model = self.device.vectors[vector], self.model.vectors[vector]
-        match how:
-            case "signal":
-                ours.signal()
-            case "event":
-                ours.event.signal(3)
-                model.has_route = True
-            case "bare":
-                os.eventfd_write(ours.event.fileno(), 1)
-                model.has_route = True
-        self.model.signal(model)
-
-    @rule(vector=st.integers(0, 31))
-    def consume(self, vector: int) -> None:
-        vector %= len(self.model.vectors)
-        model = self.model.vectors[vector]
-        assert self.device.vectors[vector].consume_pending() == model.pending
-        model.pending = False
-
-    @rule()
-    def retry(self) -> None:
-        """No cause of a fault goes away here: what the guest's message needs is not there, or it is not live."""
-        failed = {number for number, _ in self.device.retry_faults()}
-        for number, vector in enumerate(self.model.vectors):
-            vector.faulty = vector.faulty and vector.live
-            assert (number in failed) == vector.faulty
-
-    @rule()
-    def reset(self) -> None:
-        self.device.reset()
-        self.model.reset()
-
-    @rule()
-    def save_and_restore(self) -> None:
-        state = carried(self.device.save())
-        self.device.close()
-        with counting(self.guest.partition) as made:
-            self.device = MsiCapability.restore(self.guest.partition, state)
-        assert made.stats.pushes <= 1
-        assert self.device.save() == state
-        # Only a vector that may send can have a fault then.
-        for vector in self.model.vectors:
-            vector.faulty = vector.faulty and vector.live
-
     @rule(offset=st.integers(-4, LENGTH + 4) | st.integers(), width=st.integers(0, 9) | st.sampled_from([16, 2**70]))
     def read_anything(self, offset: int, width: int) -> None:
         assert self.device.read_config(offset, width) == self.model.read(offset, width)
 
     @invariant()
-    def agrees(self) -> None:
-        device, model = self.device, self.model
-        self.guest.receives(*(message for message in model.sent if self.guest.reaches(message)))
-        model.sent.clear()
-        assert device.capability() == model.shown
-        for number, (ours, vector) in enumerate(zip(device.vectors, model.vectors, strict=True)):
-            route = ours.route
-            assert (ours.masked, ours.pending) == (model.masked(number), vector.pending)
-            assert (route.msi if route and route.armed else None) == vector.message
-            # A message for a VP that is not there takes a route before it is refused.
-            assert (route is not None) >= vector.has_route
-        faulty = {number for number, _ in device.faults()}
-        assert faulty == {number for number, vector in enumerate(model.vectors) if vector.faulty}
-
-    def teardown(self) -> None:
-        self.device.close()
-        self.guest.close()
+    def shows_the_same(self) -> None:
+        assert self.device.capability() == self.model.shown
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["simulated", "kvm", "mshv"])
 def test_after_any_accesses_a_capability_matches_the_model(name: str) -> None:
     need(name)
-    runs, steps = size()
-    machine: Any = functools.partial(Machine, name)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=runs,
-            stateful_step_count=steps,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run(functools.partial(Machine, name))

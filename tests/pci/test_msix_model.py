@@ -6,22 +6,17 @@
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any, Literal
 
 import pytest
-from backends import Backend
-from driver import ENTRY, Driver
-from hypothesis import HealthCheck, settings
+from driver import ENTRY
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, rule
 from mshv_irqfd import MsixTable
 from msix_model import Model
 from needs import need
-from states import carried
+from stateful import VPS, DeviceMachine, run
 from support import counting
 
-VPS = 2
 OPEN = 0x80
 """The upper byte of message control that enables MSI-X and clears the function mask."""
 
@@ -66,32 +61,29 @@ def whole_entries(draw: st.DrawFn) -> list[tuple[int, bytes]]:
     ]
 
 
-class Machine(RuleBasedStateMachine):
+class Machine(DeviceMachine):
+    device: MsixTable
+
     def __init__(self, name: str) -> None:
-        super().__init__()
-        backend = Backend(name)
-        self.guest = backend.guest(backend.open(vps=VPS))
-        self.driver = Driver(self.guest, 1)
-        self.model = Model(1, set(range(VPS)))
+        super().__init__(name)
+        self.begin(1, 0)
 
     @initialize(count=st.sampled_from([1, 2, 5, 33, 65]), control=st.sampled_from([0, OPEN, OPEN, 0xC0]))
     def begin(self, count: int, control: int) -> None:
-        self.driver.table.close()
-        self.driver = Driver(self.guest, count)
-        self.model = Model(count, set(range(VPS)))
+        self.use(MsixTable(self.guest.partition, count), Model(count, set(range(VPS))))
         self.write_control(3, bytes([control]))
 
     def write(self, offset: int, data: bytes) -> None:
         if any(at % ENTRY == 9 and self.guest.is_upset_by(byte) for at, byte in enumerate(data, offset)):
             return
         with counting(self.guest.partition) as made:
-            self.driver.table.write_table(offset, data)
+            self.device.write_table(offset, data)
         assert made.stats.pushes <= 1
         self.model.write_table(offset, data)
 
     def write_control(self, offset: int, data: bytes) -> None:
         with counting(self.guest.partition) as made:
-            self.driver.table.write_message_control(offset, data)
+            self.device.write_message_control(offset, data)
         assert made.stats.pushes <= 1
         self.model.write_message_control(offset, data)
 
@@ -125,92 +117,23 @@ class Machine(RuleBasedStateMachine):
     def control_anything(self, offset: int, data: bytes) -> None:
         self.write_control(offset, data)
 
-    @rule(vector=st.integers(0, 4), how=st.sampled_from(["signal", "signal", "event", "bare"]))
-    def signal(self, vector: int, how: Literal["signal", "event", "bare"]) -> None:
-        vector %= len(self.model.vectors)
-        ours, model = self.driver[vector], self.model.vectors[vector]
-        match how:
-            case "signal":
-                ours.signal()
-            case "event":
-                ours.event.signal(3)
-                model.has_route = True
-            case "bare":
-                os.eventfd_write(ours.event.fileno(), 1)
-                model.has_route = True
-        self.model.signal(model)
-
-    @rule(vector=st.integers(0, 4))
-    def consume(self, vector: int) -> None:
-        vector %= len(self.model.vectors)
-        model = self.model.vectors[vector]
-        assert self.driver[vector].consume_pending() == model.pending
-        model.pending = False
-
-    @rule()
-    def reset(self) -> None:
-        self.driver.table.reset()
-        self.model.reset()
-
-    @rule()
-    def save_and_restore(self) -> None:
-        state = carried(self.driver.table.save())
-        self.driver.table.close()
-        with counting(self.guest.partition) as made:
-            table = MsixTable.restore(self.guest.partition, state)
-        assert made.stats.pushes <= 1
-        self.driver = Driver.of(self.guest, table)
-        assert table.save() == state
-        self.model.restore()
-
     @rule(offset=st.integers(-20, 66 * ENTRY) | st.integers(), size=st.integers(0, 9) | st.sampled_from([16, 2**70]))
     def read_anything(self, offset: int, size: int) -> None:
-        assert self.driver.table.read_table(offset, size) == self.model.read_table(offset, size)
-        assert self.driver.table.read_pba(offset, size) == self.model.read_pba(offset, size)
+        assert self.device.read_table(offset, size) == self.model.read_table(offset, size)
+        assert self.device.read_pba(offset, size) == self.model.read_pba(offset, size)
 
     @invariant()
-    def agrees(self) -> None:
-        table, model = self.driver.table, self.model
-        self.guest.receives(*(message for message in model.sent if self.guest.reaches(message)))
-        model.sent.clear()
+    def shows_the_same(self) -> None:
+        table, model = self.device, self.model
         assert table.message_control == model.control | len(model.vectors) - 1
         for at in range(0, min(model.length, 6 * ENTRY), 8):
             assert table.read_table(at, 8) == model.read_table(at, 8)
         for at in range(0, (len(model.vectors) + 63) // 64 * 8, 8):
             assert table.read_pba(at, 8) == model.read_pba(at, 8)
-        for ours, vector in zip(table.vectors, model.vectors, strict=True):
-            route = ours.route
-            assert (ours.masked, ours.pending) == (model.masked(vector), vector.pending)
-            assert (route.msi if route and route.armed else None) == vector.message
-            # A message for a VP that is not there takes a route before it is refused.
-            assert (route is not None) >= vector.has_route
-            assert route is None or vector.has_route or vector.faulty or route.msi is None
-        assert self.driver.faulty() == {number for number, vector in enumerate(model.vectors) if vector.faulty}
-
-    def teardown(self) -> None:
-        self.driver.table.close()
-        self.guest.close()
-
-
-def size() -> tuple[int, int]:
-    """The number of runs, and of steps in each."""
-    runs, _, steps = os.environ.get("MSHV_IRQFD_MODEL", "30x30").partition("x")
-    return int(runs), int(steps)
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["simulated", "kvm", "mshv"])
 def test_after_any_accesses_a_table_matches_the_model(name: str) -> None:
     need(name)
-    runs, steps = size()
-    machine: Any = functools.partial(Machine, name)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=runs,
-            stateful_step_count=steps,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run(functools.partial(Machine, name))
