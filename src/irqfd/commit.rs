@@ -14,7 +14,6 @@ use super::plan::{Change, Plan};
 use super::shared::Route;
 use super::state::State;
 use super::trace::Reason;
-use crate::hypervisor::event::EventFd;
 
 impl State {
     /// Makes all `changes`, or none.
@@ -77,8 +76,7 @@ impl State {
             self.loads = plan.pushed;
             pushed?;
         }
-        let held = |change: &&Change| change.event.as_ref().is_some_and(|event| is_held(event, changes));
-        plan.held = changes.iter().filter(held).map(|change| change.index).collect();
+        plan.held = changes.iter().filter(|change| change.brings_signals()).map(|change| change.index).collect();
         let armed = self.armed.len();
         let again = disarmed.iter().rev().map(|index| (usize::from(*index), Reason::PushIsOver));
         let mut all = changes.iter().map(|change| (change.index, Reason::Wanted)).chain(again);
@@ -309,10 +307,4 @@ impl State {
         self.closing = true;
         self.slots.iter().filter_map(|slot| slot.route.clone()).collect()
     }
-}
-
-/// Whether an eventfd comes with signals from one of these slots.
-fn is_held(event: &EventFd, changes: &[Change]) -> bool {
-    let mut olds = changes.iter().filter_map(|change| change.before.event.as_deref());
-    olds.any(|old| event.is_same(old).unwrap_or(false)) && event.is_readable().unwrap_or(false)
 }

@@ -100,9 +100,11 @@ impl Partition {
         }
         let mut change = Change::to(self.index(route.gsi), new);
         if let Some(Swap { new, old, is_gone }) = swap {
-            let moves = |other: &Swap<'_>| other.new.is_same(old);
+            let mut swaps = all.iter().filter_map(|other| other.swap.as_ref());
+            let moves_on = swaps.clone().any(|other| other.new.is_same(old));
             change.event = Some(Arc::clone(&new.event));
-            change.carries = !is_gone && !all.iter().filter_map(|other| other.swap.as_ref()).any(moves);
+            change.carries = !is_gone && !moves_on;
+            change.moved = swaps.any(|other| !other.is_gone && new.is_same(&other.old));
         }
         Some(change)
     }

@@ -10,7 +10,7 @@ use crate::hypervisor::RawMsi;
 use crate::hypervisor::event::EventFd;
 
 /// The state that a slot is to have, and the one that it had.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Change {
     pub(super) index: usize,
     pub(super) wanted: Option<RawMsi>,
@@ -24,6 +24,8 @@ pub(super) struct Change {
     pub(super) event: Option<Arc<EventFd>>,
     /// Whether what the old eventfd holds goes over to the new one, rather than with it to another route.
     pub(super) carries: bool,
+    /// Whether the new one is another route's, which gives it up here.
+    pub(super) moved: bool,
     pub(super) before: Before,
 }
 
@@ -43,8 +45,13 @@ impl Change {
     pub(super) fn to(index: usize, intent: Intent) -> Self {
         let wanted = if intent.masked { None } else { intent.msi.map(MsiRoute::raw) };
         let drop_entry = intent.msi.is_none();
-        let before = Before::default();
-        Self { index, wanted, drop_entry, place: 0, pushed: false, event: None, carries: false, before }
+        Self { index, wanted, drop_entry, ..Self::default() }
+    }
+
+    /// Whether its new eventfd was another route's, and comes with signals.
+    pub(super) fn brings_signals(&self) -> bool {
+        let waits = |event: &Arc<EventFd>| event.is_readable().unwrap_or(false);
+        self.moved && self.event.as_ref().is_some_and(waits)
     }
 }
 
