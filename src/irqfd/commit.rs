@@ -184,18 +184,12 @@ impl State {
         for change in changes {
             let slot = &self.slots[change.index];
             let (before, same) = (&change.before, change.event.is_none() || slot.has(&change.before.event));
-            let stays = before.wanted.is_some() && before.place == slot.place() && same;
-            if !slot.is_armed() || stays {
-                continue;
-            }
-            if self.disarm(change.index).is_err() {
+            let stays = before.armed && before.place == slot.place() && same;
+            if slot.is_armed() && !stays && self.disarm(change.index).is_err() {
                 failure.broken.push(self.quarantine(change.index));
-            } else if let Some(event) = change.event.as_ref().filter(|_| plan.held.contains(&change.index)) {
-                // Arming has raised this route's interrupt for signals of the route that has the eventfd still. If other
-                // code has closed it, nobody can be told.
-                let _gone = event.signal(1);
             }
         }
+        self.give_back(changes, plan);
         for change in changes {
             let (own, slot) = (self.gsi(change.index), &mut self.slots[change.index]);
             if slot.broken && slot.is_armed() {
@@ -264,6 +258,20 @@ impl State {
         });
         disarmed.iter().for_each(|index| self.publish(usize::from(*index)));
         result
+    }
+
+    /// Gives the eventfds that were to move their signals back, if arming has made interrupts of other routes of them: they
+    /// are signals of the routes that keep the eventfds.
+    fn give_back(&self, changes: &[Change], plan: &Plan) {
+        for change in changes.iter().filter(|change| plan.held.contains(&change.index)) {
+            let Some(event) = change.event.as_ref().filter(|_| !self.slots[change.index].is_armed()) else {
+                continue;
+            };
+            // Disarming empties a counter. If other code has closed the eventfd, nobody can be told.
+            if event.is_readable().is_ok_and(|is_left| !is_left) {
+                let _gone = event.signal(1);
+            }
+        }
     }
 
     /// Disarms a slot and removes its route, even if the kernel refuses. The GSI is free again unless its irqfd may

@@ -33,6 +33,7 @@ pub(super) struct Change {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Before {
     pub(super) wanted: Option<RawMsi>,
+    pub(super) armed: bool,
     pub(super) place: u32,
     /// Its own entry in the image.
     pub(super) own: Option<RawMsi>,
@@ -90,6 +91,7 @@ impl State {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
             change.before = Before {
                 wanted: slot.wanted,
+                armed: slot.is_armed(),
                 place: slot.place(),
                 own: self.entries.image(own),
                 event: slot.event.clone().filter(|_| change.event.is_some()),

@@ -248,11 +248,16 @@ impl State {
         self.gsi(index)
     }
 
-    /// Gives up the place of a slot that is disarmed, and drops its own entry.
+    /// Gives up the place of a slot that is disarmed, and an eventfd that is not its route's, and drops its own entry.
     pub(super) fn vacate(&mut self, index: usize) {
         let own = self.gsi(index);
         self.entries.release(self.slots[index].place());
-        self.slots[index].place = own as u16;
+        let slot = &mut self.slots[index];
+        slot.place = own as u16;
+        // A broken one may have been armed on the eventfd that its route was to have.
+        if let Some(route) = &slot.route {
+            slot.event = Some(route.event.get());
+        }
         self.put(own, None);
     }
 
