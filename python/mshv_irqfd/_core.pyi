@@ -746,7 +746,7 @@ class MsixTable(Device):
         """Saves the registers and the vectors, for a snapshot or a migration.
 
         Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
-        disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+        disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
 
         Returns:
             A dict of values that JSON has.
@@ -908,7 +908,7 @@ class MsiCapability(Device):
         """Saves the registers and the vectors, for a snapshot or a migration.
 
         Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
-        disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+        disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
 
         Returns:
             A dict of values that JSON has.
@@ -1217,7 +1217,7 @@ class Partition:
         """Saves the state of the routes, for a snapshot or a migration.
 
         The routes of devices are not in it: `MsixTable.save()` and `MsiCapability.save()` have those of theirs. Nor is
-        any descriptor, nor a VP. `docs/saved-state.md` describes the state, key by key.
+        any descriptor, nor a VP. The page "Saved state" of the docs describes it, key by key.
 
         Takes nothing away, and changes no route. Each armed route is disarmed for the moment in which its eventfd is
         looked at, so that every signal so far is either in a VP's local APIC or pending in the state: stop the VPs

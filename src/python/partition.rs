@@ -277,7 +277,7 @@ impl Partition {
     /// Saves the state of the routes, for a snapshot or a migration.
     ///
     /// The routes of devices are not in it: `MsixTable.save()` and `MsiCapability.save()` have those of theirs. Nor is
-    /// any descriptor, nor a VP. `docs/saved-state.md` describes the state, key by key.
+    /// any descriptor, nor a VP. The page "Saved state" of the docs describes it, key by key.
     ///
     /// Takes nothing away, and changes no route. Each armed route is disarmed for the moment in which its eventfd is
     /// looked at, so that every signal so far is either in a VP's local APIC or pending in the state: stop the VPs
