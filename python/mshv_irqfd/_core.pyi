@@ -1015,7 +1015,7 @@ class Vector:
 
     @property
     def masked(self) -> bool:
-        """Whether the vector is masked, by its own mask bit or by the function mask."""
+        """Whether the vector is masked, by its own mask bit or, of MSI-X, by the function mask."""
 
     @property
     def pending(self) -> bool:
@@ -1038,7 +1038,8 @@ class Vector:
     def consume_pending(self) -> bool:
         """Takes the pending signals, so that unmasking sends no message for them.
 
-        For a device whose reason to interrupt has gone (PCI Local Bus 3.0 section 6.8.3.5).
+        For a device that no longer has a reason to interrupt (PCI Local Bus 3.0 section 6.8.3.5, PCI Express 5.0
+        section 6.1.4.5).
 
         Returns:
             Whether a signal was pending. Always false while the vector is armed.
@@ -1159,7 +1160,7 @@ class Partition:
     def signal_msi(self, address: int, data: int) -> bool:
         """Raises one MSI now, with no eventfd and no route.
 
-        Takes what `IrqFdRoute.set_msi()` takes, and checks it alike. Pushes nothing.
+        Takes what `IrqFdRoute.set_msi()` takes, and checks it the same way. Pushes nothing.
 
         Args:
             address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.

@@ -184,7 +184,7 @@ impl Partition {
 
     /// Raises one MSI now, with no eventfd and no route.
     ///
-    /// Takes what `IrqFdRoute.set_msi()` takes, and checks it alike. Pushes nothing.
+    /// Takes what `IrqFdRoute.set_msi()` takes, and checks it the same way. Pushes nothing.
     ///
     /// Args:
     ///     address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
