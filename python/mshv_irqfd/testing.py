@@ -96,6 +96,7 @@ def expect(
         TypeError: the partition does not tell what arrives (mshv); or an argument is invalid.
         ValueError: an argument is invalid.
     """
+    __tracebackhide__ = True  # pytest then shows the line of the test that failed, not this function
     telling = _telling(partition)
     counted = not isinstance(telling, KvmPartition)
     wanted = _interrupts.expected_interrupts(expected, count)
@@ -126,6 +127,7 @@ def expect_nothing(partition: Partition) -> None:
         AssertionError: interrupts have arrived. The message says which.
         TypeError: the partition does not tell what arrives (mshv).
     """
+    __tracebackhide__ = True
     telling = _telling(partition)
     telling.settle()
     if arrived := telling.take_interrupts():
