@@ -348,7 +348,8 @@ def open_partition(
         backend: "mshv", "kvm", "simulated", or "auto": mshv if available, else kvm, never simulated.
         device: the device node to open. None: /dev/mshv or /dev/kvm.
         gsis: the GSIs to allocate to routes, lowest first; a range of step 1. mshv accepts 0-4095 (0-23 are IOAPIC
-            pins by convention); KVM accepts 24-4095, and at most 4056 of them, as its 40 pin entries are in the same table.
+            pins by convention); KVM accepts 24-4095, and at most 4056 of them, as its 40 pin entries are in the same
+            table.
         vps: the number of VPs to create (indices from 0 up), or their indices. A VP's index is its APIC id, 0 to 254.
         quiesce: whether to disarm all irqfds around every push. None: where the kernel needs it. On mshv a signal
             during a push can otherwise raise vector 0, and the simulated kernel behaves alike; KVM does not need it.
