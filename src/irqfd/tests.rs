@@ -223,7 +223,7 @@ struct Setup {
 /// The first spare GSI of a partition that has any.
 const FIRST_SPARE: u32 = 2000;
 
-const SETUPS: [Setup; 7] = [
+const SETUPS: [Setup; 8] = [
     Setup { quiesce: false, spares: 0, entries_per_move: 64 },
     Setup { quiesce: true, spares: 0, entries_per_move: 0 },
     Setup { quiesce: true, spares: 300, entries_per_move: 0 },
@@ -231,6 +231,7 @@ const SETUPS: [Setup; 7] = [
     Setup { quiesce: false, spares: 300, entries_per_move: 2 },
     Setup { quiesce: false, spares: 3, entries_per_move: 2 },
     Setup { quiesce: false, spares: 3, entries_per_move: 0 },
+    Setup { quiesce: false, spares: 300, entries_per_move: 64 },
 ];
 
 fn partition(quiesce: bool) -> (Arc<Partition>, Recorder) {
