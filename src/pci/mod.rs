@@ -5,6 +5,10 @@
 
 mod access;
 mod device;
+#[cfg(test)]
+#[cfg(shuttle)]
+mod interleavings;
+mod latch;
 mod msi;
 mod msix;
 mod saved;
