@@ -1329,6 +1329,10 @@ class Watch:
     def changed(self) -> int:
         """A descriptor that is readable once the eventfd is closed or replaced."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this process began it. The event loop of a forked child is a copy, whose epoll set is the parent's."""
+
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
 
