@@ -1331,7 +1331,7 @@ class Watch:
 
     @property
     def is_own(self) -> bool:
-        """Whether this process began it. The event loop of a forked child is a copy, whose epoll set is the parent's."""
+        """Whether this process began it. A forked child has a copy of the loop, and the parent's epoll set."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...

@@ -4,37 +4,9 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use shuttle::sync::atomic::AtomicBool;
 use shuttle::thread;
 
 use super::latch::Latch;
-
-/// A stand-in for the standard library's, each of whose calls is a point at which another thread may come in.
-#[derive(Debug)]
-pub(super) struct OnceLock<T>(AtomicBool, std::sync::OnceLock<T>);
-
-impl<T> OnceLock<T> {
-    pub(super) fn new() -> Self {
-        Self(AtomicBool::new(false), std::sync::OnceLock::new())
-    }
-
-    fn point(&self) -> &std::sync::OnceLock<T> {
-        self.0.load(Ordering::SeqCst);
-        &self.1
-    }
-
-    pub(super) fn get(&self) -> Option<&T> {
-        self.point().get()
-    }
-
-    pub(super) fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
-        self.point().get_or_init(make)
-    }
-
-    pub(super) fn set(&self, value: T) -> Result<(), T> {
-        self.point().set(value)
-    }
-}
 
 /// A route that counts its signals.
 type Counter = AtomicU32;

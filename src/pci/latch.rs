@@ -1,16 +1,8 @@
 //! A vector's route, and a signal from before it has one.
 
-#[cfg(not(all(test, shuttle)))]
-use std::sync::OnceLock;
-#[cfg(not(all(test, shuttle)))]
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
-#[cfg(all(test, shuttle))]
-use shuttle::sync::atomic::AtomicBool;
-
-#[cfg(all(test, shuttle))]
-use super::interleavings::OnceLock;
+use super::sync::{AtomicBool, OnceLock};
 
 /// A route that is taken when it is first used, and a signal that waits until then. Takes no lock.
 ///

@@ -12,6 +12,7 @@ mod latch;
 mod msi;
 mod msix;
 mod saved;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod vector_state;

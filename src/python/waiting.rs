@@ -38,7 +38,7 @@ impl Watch {
         self.look(py, waiters::Watch::changed)
     }
 
-    /// Whether this process began it. The event loop of a forked child is a copy, whose epoll set is the parent's.
+    /// Whether this process began it. A forked child has a copy of the loop, and the parent's epoll set.
     #[getter]
     fn is_own(&self, py: Python<'_>) -> PyResult<bool> {
         self.look(py, waiters::Watch::is_own)
