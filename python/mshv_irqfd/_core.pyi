@@ -1194,8 +1194,9 @@ class Partition:
             state: the dict that `save()` returned, as it was or from JSON.
             events: the caller's eventfds, in a mapping from GSIs, each an int or an object with `fileno()`. The routes
                 duplicate them, and deliver what is pending in them. By default each route makes a new eventfd.
-            ring_doorbells: whether to ring every open doorbell of the partition once, after that. No state has the
-                rings that were in flight, so a device should look at each of its queues when it resumes.
+            ring_doorbells: whether to ring every open doorbell of the partition once, after that, but for those on the
+                eventfd of a route, of any partition of this process. No state has the rings that were in flight, so a
+                device should look at each of its queues when it resumes.
 
         Returns:
             The routes by GSI, in a dict ordered by GSI.
