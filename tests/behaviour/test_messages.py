@@ -20,12 +20,14 @@ from mshv_irqfd import (
     _core,
     open_partition,
 )
+from mshv_irqfd.testing import failing
 from support import msi, open_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from backends import KvmGuest, SimulatedGuest
+    from backends import KvmGuest
+    from mshv_irqfd import SimulatedPartition
 
 
 @contextmanager
@@ -46,30 +48,37 @@ def test_a_partition_without_a_descriptor_names_the_limit() -> None:
     assert failed.value.errno == errno.EMFILE
 
 
-def test_a_callers_eventfd_that_can_not_be_duplicated_is_named(simulated: SimulatedGuest) -> None:
+def test_a_callers_eventfd_that_can_not_be_duplicated_is_named(simulated_partition: SimulatedPartition) -> None:
     with EventFd() as event:
         number = event.fileno()
         with no_descriptor_left(), pytest.raises(IrqFdError, match=f"file descriptor {number}: ") as failed:
-            simulated.partition.new_irqfd_route(event=number)
+            simulated_partition.new_irqfd_route(event=number)
     assert failed.value.errno == errno.EMFILE
 
 
-def test_each_refusal_has_the_hint_of_its_error(simulated: SimulatedGuest) -> None:
-    partition = simulated.partition
-    route = partition.new_irqfd_route()
-    partition.fail("assign_irqfd", errno.ENFILE)
-    with pytest.raises(IrqFdError, match=r"fs\.file-max"):
+def test_each_refusal_has_the_hint_of_its_error(simulated_partition: SimulatedPartition) -> None:
+    route = simulated_partition.new_irqfd_route()
+    with (
+        failing(simulated_partition, "assign_irqfd", errno.ENFILE),
+        pytest.raises(IrqFdError, match=r"fs\.file-max"),
+    ):
         route.set_msi(msi(0x41))
-    partition.fail("set_msi_routing", errno.EINVAL)
-    # A message that the table lacks, so that there is a push to refuse.
-    with pytest.raises(RoutingError, match="the kernel refuses an entry of the table"):
+    with (
+        failing(simulated_partition, "set_msi_routing", errno.EINVAL),
+        pytest.raises(RoutingError, match="the kernel refuses an entry of the table"),
+    ):
+        # A message that the table lacks, so that there is a push to refuse.
         route.set_msi(MsiRoute(0xFEE0_0004, 0x41))
-    partition.fail("signal_msi", errno.EPERM)
-    with pytest.raises(InterruptError, match="no vCPU that could take it"):
-        partition.signal_msi(msi(0x41))
-    doorbell = partition.ioeventfd(0xD000_0000, 4)
-    partition.fail("deassign_ioeventfd", errno.ENOENT)
-    with pytest.raises(IoEventFdError, match="other code took the doorbell away"):
+    with (
+        failing(simulated_partition, "signal_msi", errno.EPERM),
+        pytest.raises(InterruptError, match="no vCPU that could take it"),
+    ):
+        simulated_partition.signal_msi(msi(0x41))
+    doorbell = simulated_partition.ioeventfd(0xD000_0000, 4)
+    with (
+        failing(simulated_partition, "deassign_ioeventfd", errno.ENOENT),
+        pytest.raises(IoEventFdError, match="other code took the doorbell away"),
+    ):
         doorbell.close()
     route.close()
 
@@ -79,9 +88,9 @@ def test_what_only_a_simulated_partition_can_do_names_it(kvm: KvmGuest) -> None:
         kvm.partition._fail("assign_irqfd", errno.EIO, 0, 1)
 
 
-def test_what_only_kvm_can_do_names_it(simulated: SimulatedGuest) -> None:
+def test_what_only_kvm_can_do_names_it(simulated_partition: SimulatedPartition) -> None:
     with pytest.raises(TypeError, match="only KVM has vCPUs that a program can run"):
-        simulated.partition._lend_vcpu(0)
+        simulated_partition._lend_vcpu(0)
 
 
 def test_a_vcpu_that_was_not_made_is_named_and_a_lent_one_takes_the_interrupts(kvm: KvmGuest) -> None:

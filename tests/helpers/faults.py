@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from mshv_irqfd import Partition
+    from mshv_irqfd.testing import SimulatedCall
 
 T = TypeVar("T")
 
-Call = Literal[
-    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
-]
-CALLS: tuple[Call, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
+CALLS: tuple[SimulatedCall, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
 """The calls that routes make."""
 
 tried: Counter[tuple[str, str]] = Counter()
@@ -45,7 +43,7 @@ class Faults(ABC):
     """Faults of one backend: calls that fail on demand."""
 
     @abstractmethod
-    def fail(self, partition: Partition, call: Call, number: int, *, after: int = 0, times: int = 1) -> None:
+    def fail(self, partition: Partition, call: SimulatedCall, number: int, *, after: int = 0, times: int = 1) -> None:
         """Makes `times` calls of a kind fail with an errno, after letting `after` of them through.
 
         Faults of one kind are used up in the order in which they are injected.
@@ -75,7 +73,7 @@ class Faults(ABC):
 class SimulatedFaults(Faults):
     """Faults of simulated partitions, which keep them themselves."""
 
-    def fail(self, partition: Partition, call: Call, number: int, *, after: int = 0, times: int = 1) -> None:
+    def fail(self, partition: Partition, call: SimulatedCall, number: int, *, after: int = 0, times: int = 1) -> None:
         assert isinstance(partition, SimulatedPartition)
         partition.fail(call, number, after=after, times=times)
 
@@ -179,7 +177,7 @@ class KernelFaults(Faults):
     def fail(
         self,
         partition: Partition | None,  # noqa: ARG002 - whichever is in use
-        call: Call | Literal["create_vp", "ioctl"],
+        call: SimulatedCall | Literal["create_vp", "ioctl"],
         number: int,
         *,
         after: int = 0,
