@@ -68,6 +68,8 @@ _REQUIRED = "MSHV_IRQFD_BACKENDS"
 _PAUSE = 0.0005
 """Seconds between two looks at something that nobody can wait for."""
 
+# pytest's tracebacks end at the caller's line: each helper that asserts sets __tracebackhide__.
+
 
 def patience() -> float:
     """How long the helpers wait for something that must happen, in seconds, unless a call says otherwise.
@@ -107,6 +109,7 @@ def until(condition: Callable[[], _T], what: str, *, timeout: float | None = Non
         >>> until(lambda: next(arrived), "a packet has arrived")
         ['a packet']
     """
+    __tracebackhide__ = True
     seconds = _interrupts.checked_timeout(patience() if timeout is None else timeout)
     deadline = monotonic() + seconds
     while True:
@@ -207,6 +210,7 @@ def expect(
         TypeError: the partition does not tell what arrives (mshv); or an argument is invalid.
         ValueError: an argument is invalid.
     """
+    __tracebackhide__ = True
     telling, counted = _telling(source), not isinstance(source, KvmPartition)
     wanted = _interrupts.expected_interrupts(expected, count)
     least = Counter(dict.fromkeys(wanted, 1)) if merged or (merged is None and not counted) else wanted
@@ -242,6 +246,7 @@ def expect_nothing(source: Partition | InterruptSource) -> None:
         AssertionError: interrupts have arrived. The message says which.
         TypeError: the partition does not tell what arrives (mshv).
     """
+    __tracebackhide__ = True
     telling = _telling(source)
     telling.settle()
     if arrived := telling.take_interrupts():
@@ -273,8 +278,12 @@ def failing(
         AssertionError: the block made fewer such calls.
         ValueError, OverflowError, TypeError: an argument is invalid.
     """
+    __tracebackhide__ = True
     if not isinstance(partition, SimulatedPartition):
-        raise TypeError(f"only a simulated kernel fails on request; {partition!r} is none: use simulated_partition")
+        raise TypeError(
+            f'only a simulated kernel fails on request; {partition!r} is none: use open_partition("simulated"), or the '
+            "fixture simulated_partition"
+        )
     before = partition.stats().failures
     partition.fail(call, errno, after=after, times=times)
     try:
@@ -284,10 +293,12 @@ def failing(
         made = partition.stats().failures - before
         left = max(0, times - made) if partition.closed else partition._clear_faults(call)  # noqa: SLF001
     if left:
-        raise AssertionError(f"{left} of {times} faults of {call} met no call: the block made too few of them")
+        rare = "; a push is made only for a message that the kernel's table lacks" if call == "set_msi_routing" else ""
+        raise AssertionError(f"{left} of {times} faults of {call} met no call: the block made too few of them{rare}")
 
 
 def _telling(source: Partition | InterruptSource) -> InterruptSource:
+    __tracebackhide__ = True
     if not isinstance(source, InterruptSource):
         raise TypeError(
             f"{source!r} does not tell which interrupts arrive; give a simulated partition, one of KVM, or a guest "

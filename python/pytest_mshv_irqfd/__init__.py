@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="run the tests that use irqfd_backend or irqfd_partition on this backend (simulated, kvm or mshv; may be "
         "repeated), and fail them where it is missing. Default: those that MSHV_IRQFD_BACKENDS of the environment "
-        "names with commas between, else each backend that this machine has",
+        "names with commas between, else those of the setting irqfd_backends, else each that this machine has",
     )
     parser.addini(
         NAME,
@@ -62,13 +62,15 @@ def _backends(metafunc: pytest.Metafunc) -> list[object]:
         (f"the marker {NAME}", marker.args) if marker else (f"the setting {NAME}", metafunc.config.getini(NAME))
     )
     if unknown := [repr(name) for name in its if name not in BACKENDS]:
-        raise pytest.UsageError(f"{source} names {', '.join(unknown)}; the backends are {', '.join(BACKENDS)}")
+        raise pytest.Collector.CollectError(
+            f"{source} names {', '.join(unknown)}; the backends are {', '.join(BACKENDS)}"
+        )
     required = metafunc.config.getoption("irqfd_backend")
     chooser = OPTION if required else "MSHV_IRQFD_BACKENDS"
     try:
         required = required or testing.required_backends()
     except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.Collector.CollectError(str(error)) from None
     names = list(dict.fromkeys(required or its or testing.available_backends()))
     left = [name for name in names if not its or name in its]
     if left:
@@ -79,7 +81,10 @@ def _backends(metafunc: pytest.Metafunc) -> list[object]:
 
 @pytest.fixture(scope="session")
 def irqfd_backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend in turn: those of --irqfd-backend, or all that this machine has."""
+    """The name of each backend in turn: all that this machine has, or those that were chosen.
+
+    --irqfd-backend, MSHV_IRQFD_BACKENDS, the setting irqfd_backends and the marker irqfd_backends choose.
+    """
     from mshv_irqfd import testing  # noqa: PLC0415 -- only where it is used
 
     name = str(request.param)

@@ -179,6 +179,8 @@ def test_each_test_gets_a_simulated_partition_of_its_own(outcome: Callable[..., 
     result.stdout.fnmatch_lines(
         ["E*AssertionError: missing after 0 s: 1 x vector 0x41; expected 1 x vector 0x41; arrived: 1 x vector 0x42*"]
     )
+    # The traceback ends at the test's own line.
+    assert "mshv_irqfd/testing.py" not in result.stdout.str()
 
 
 def test_the_fixtures_and_the_option_are_documented(outcome: Callable[..., pytest.RunResult]) -> None:
