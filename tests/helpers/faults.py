@@ -140,16 +140,32 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def _filter_this_thread() -> int:
+def _filter_this_thread(instructions: bytes = FILTER, flags: int = SECCOMP_FILTER_FLAGS) -> int:
     """Stops this thread's ioctls from now on. Returns the descriptor that reports them."""
     libc = ctypes.CDLL(None, use_errno=True)
-    program = _Program(len(FILTER) // 8, FILTER)
+    program = _Program(len(instructions) // 8, instructions)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
-    listener = libc.syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAGS, ctypes.byref(program))
+    listener = libc.syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
     if listener < 0:
-        raise OSError(ctypes.get_errno(), "seccomp(SECCOMP_SET_MODE_FILTER) with a listener")
+        raise OSError(ctypes.get_errno(), f"seccomp(SECCOMP_SET_MODE_FILTER) with flags {flags}")
     return int(listener)
+
+
+SYS_READLINK, SYS_READLINKAT, SYS_EPOLL_CREATE1 = 89, 267, 291
+ERRNO = 0x00050000
+
+
+def without(calls: tuple[int, ...], number: int, function: Callable[[], T]) -> T:
+    """Runs a function in a thread whose system calls of these numbers fail with an errno."""
+    program = [(LOAD, 0, 0, 0)]
+    for call in calls:
+        program += [(IF_EQUAL, 0, 1, call), (RETURN, 0, 0, ERRNO | number)]
+    program.append((RETURN, 0, 0, ALLOW))
+    instructions = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    with ThreadPoolExecutor(1, "refused") as pool:
+        pool.submit(_filter_this_thread, instructions, 0).result()
+        return pool.submit(function).result()
 
 
 @dataclass
