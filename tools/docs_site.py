@@ -1,6 +1,9 @@
 """Builds the docs site into target/site, and checks it.
 
-usage: python tools/docs_site.py
+usage: [SITE_URL=https://...] python tools/docs_site.py
+
+SITE_URL is the address where the site is to be served. Only the "not found" page depends on it: a server shows that at
+any address, so its links begin at the server's root. Without SITE_URL the site is at the root.
 
 Any warning fails: a broken link or reference in a page, or a docstring that griffe cannot read. The built pages are
 then checked as a browser sees them: every local address leads to a file of the site, with the anchor that it names, and
@@ -9,6 +12,7 @@ nothing is loaded from another host.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +28,13 @@ LOADED = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src")
 """What a browser loads without being asked; it follows links only when clicked."""
 FOREIGN = re.compile(r"""(?:url\(|@import )["']?((?:https?:)?//[^"')]+)""")
 """What a style loads from another host."""
+
+
+class Config(yaml.SafeLoader):
+    """Reads mkdocs.yml, where `!ENV` takes a value from the environment."""
+
+
+Config.add_constructor("!ENV", lambda _loader, _node: None)
 
 
 class Page(HTMLParser):
@@ -62,7 +73,7 @@ def build() -> list[str]:
 
 def unlisted(project: Path) -> list[str]:
     """Pages that the navigation lacks, and entries of the navigation that are no pages."""
-    config = yaml.safe_load((project / "mkdocs.yml").read_text())
+    config = yaml.load((project / "mkdocs.yml").read_text(), Config)  # noqa: S506 (a SafeLoader)
     listed = set(entries(config["nav"]))
     pages = {str(page.relative_to(project / "docs")) for page in (project / "docs").rglob("*.md")}
     return [
@@ -102,8 +113,9 @@ def wrong(site: Path, path: Path, place: tuple[str, str], address: str, pages: d
         loaded = place in LOADED and url.scheme != "data" and not names_a_page
         return "is loaded from another host" if loaded else None
     target = path if not url.path else (path.parent / unquote(url.path)).resolve()
-    if path.name == "404.html" and url.path.startswith("/"):
-        target = site / url.path.lstrip("/")
+    root = urlsplit(os.environ.get("SITE_URL", "")).path.rstrip("/") + "/"
+    if path.name == "404.html" and url.path.startswith(root):
+        target = site / unquote(url.path.removeprefix(root))
     if target.is_dir():
         target /= "index.html"
     if not target.is_file():

@@ -51,7 +51,7 @@ ELSEWHERE = {
     ),
     "… of … faults of … met no call": ("behaviour/test_testing.py", "met no call"),
     "… overlaps spare range": ("../src/irqfd/tests/loading.rs", "overlaps spare range"),
-    "… does not tell which": ("behaviour/test_testing.py", "does not tell which"),
+    "… does not report which": ("behaviour/test_testing.py", "does not report which"),
 }
 """Messages, by their beginnings, that tests meet otherwise than by `pytest.raises`: in a child, in `faults()`, in
 pytest's own output, in Rust. Each with a file of tests, and words in it."""

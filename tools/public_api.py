@@ -71,7 +71,7 @@ def add_overloads(cls: griffe.Class) -> None:
     for name, overloads in cls.overloads.items():
         if name not in cls.members and overloads:
             shown = copy(overloads[-1])
-            shown.overloads = list(overloads)
+            shown.overloads = list(overloads[:-1])  # the last is the member itself
             cls.set_member(name, shown)
     # The members of an alias, as every public class is, keep their order instead of being sorted by line.
     cls.members = dict(sorted(cls.members.items(), key=lambda member: member[1].lineno or 0))

@@ -1,6 +1,6 @@
 """Saves a stopped machine to a directory, and makes it again from there in another process.
 
-`docs/saved-state.md` has the order to keep: with the CPUs and the devices stopped, the devices' interrupts are saved
+The page "Saved state" has the order to keep: with the CPUs and the devices stopped, the devices' interrupts are saved
 first, and then the CPUs' local APICs, which have every interrupt that is not among them.
 """
 

@@ -68,7 +68,7 @@ _REQUIRED = "MSHV_IRQFD_BACKENDS"
 _PAUSE = 0.0005
 """Seconds between two looks at something that nobody can wait for."""
 
-# pytest's tracebacks end at the caller's line: each helper that asserts sets __tracebackhide__.
+# Each helper that asserts sets __tracebackhide__: pytest then shows the line of the test that failed, not the helper.
 
 
 def patience() -> float:
@@ -194,7 +194,7 @@ def expect(
     one for all. So KVM has no exact counts: n expected ones are then 1 to n.
 
     Args:
-        source: a simulated partition, one of KVM, or a guest that tells.
+        source: a simulated partition, one of KVM, or a guest that reports them.
         expected: a vector, an `MsiRoute` or an `Interrupt`, whose fields may be None to match anything; a mapping of
             such to counts; or several of them, each once.
         count: how many of a single one are expected. None: one.
@@ -207,7 +207,7 @@ def expect(
     Raises:
         AssertionError: some are missing, or others arrived. The message says which, what did arrive, and which routes
             of a partition have signals that wait.
-        TypeError: the partition does not tell what arrives (mshv); or an argument is invalid.
+        TypeError: the partition does not report what arrives (mshv); or an argument is invalid.
         ValueError: an argument is invalid.
     """
     __tracebackhide__ = True
@@ -235,16 +235,16 @@ def expect(
 
 
 def expect_nothing(source: Partition | InterruptSource) -> None:
-    """Asserts that no interrupt has arrived that nobody has taken, and that none is on its way.
+    """Asserts that no interrupt waits to be taken, and that none is on its way.
 
     Signals before this call are waited for, so there is no need to sleep first. Takes what has arrived.
 
     Args:
-        source: a simulated partition, one of KVM, or a guest that tells.
+        source: a simulated partition, one of KVM, or a guest that reports them.
 
     Raises:
         AssertionError: interrupts have arrived. The message says which.
-        TypeError: the partition does not tell what arrives (mshv).
+        TypeError: the partition does not report what arrives (mshv).
     """
     __tracebackhide__ = True
     telling = _telling(source)
@@ -301,8 +301,8 @@ def _telling(source: Partition | InterruptSource) -> InterruptSource:
     __tracebackhide__ = True
     if not isinstance(source, InterruptSource):
         raise TypeError(
-            f"{source!r} does not tell which interrupts arrive; give a simulated partition, one of KVM, or a guest "
-            "that tells"
+            f"{source!r} does not report which interrupts arrive; give a simulated partition, one of KVM, or a "
+            "guest that does"
         )
     return source
 

@@ -31,11 +31,17 @@ class DeliveryMode(IntEnum):
     """How an interrupt is delivered: bits 10:8 of an MSI's data (Intel SDM volume 3). 3 and 6 are reserved."""
 
     FIXED = 0
+    """The vector, to each CPU of the destination. Nearly all MSIs."""
     LOWEST_PRIORITY = 1
+    """The vector, to one CPU of the destination."""
     SMI = 2
+    """A system management interrupt."""
     NMI = 4
+    """A non-maskable interrupt."""
     INIT = 5
+    """An INIT, which resets the CPU."""
     EXTINT = 7
+    """An interrupt whose vector an external controller gives."""
 
 
 class Interrupt(NamedTuple):

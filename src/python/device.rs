@@ -262,7 +262,7 @@ impl Vector {
         Ok(())
     }
 
-    /// Whether the vector is masked, by its own mask bit or by the function mask.
+    /// Whether the vector is masked, by its own mask bit or, of MSI-X, by the function mask.
     #[getter]
     fn masked(&self, py: Python<'_>) -> PyResult<bool> {
         Ok(py.detach(|| self.device.get().core.masked(self.index))?)
@@ -293,7 +293,8 @@ impl Vector {
 
     /// Takes the pending signals, so that unmasking sends no message for them.
     ///
-    /// For a device whose reason to interrupt has gone (PCI Local Bus 3.0 section 6.8.3.5).
+    /// For a device that no longer has a reason to interrupt (PCI Local Bus 3.0 section 6.8.3.5, PCI Express 5.0
+    /// section 6.1.4.5).
     ///
     /// Returns:
     ///     Whether a signal was pending. Always false while the vector is armed.
@@ -303,7 +304,7 @@ impl Vector {
 
     /// The vector's route; None if it has not been taken yet.
     ///
-    /// The device sets, masks and closes it: look at it only.
+    /// The device sets, masks and closes it: read it, and do not change it.
     #[getter]
     fn route<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, IrqFdRoute>>> {
         self.vectors().route(self.index).map(|route| self.object(py, route)).transpose()

@@ -36,7 +36,7 @@ impl MsixTable {
     /// Saves the registers and the vectors, for a snapshot or a migration.
     ///
     /// Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
-    /// disarms each vector for a moment. `docs/saved-state.md` describes the state, key by key.
+    /// disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
     ///
     /// Returns:
     ///     A dict of values that JSON has.

@@ -184,15 +184,15 @@ impl Partition {
 
     /// Raises one MSI now, with no eventfd and no route.
     ///
-    /// Takes what `IrqFdRoute.set_msi()` takes, and checks it alike. Pushes nothing.
+    /// Takes what `IrqFdRoute.set_msi()` takes, and checks it the same way. Pushes nothing.
     ///
     /// Args:
     ///     address: an `MsiRoute`, or the address of an MSI. `MsiRoute` has the rules for address and data.
     ///     data: the data of the MSI. Omit it with an `MsiRoute`.
     ///
     /// Returns:
-    ///     False if the kernel reports that the guest did not take it. Only KVM tells, for instance while the guest's
-    ///     local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
+    ///     False if the kernel reports that the guest did not take it. Only KVM reports that, for instance while the
+    ///     guest's local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
     ///
     /// Raises:
     ///     ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the
@@ -277,7 +277,7 @@ impl Partition {
     /// Saves the state of the routes, for a snapshot or a migration.
     ///
     /// The routes of devices are not in it: `MsixTable.save()` and `MsiCapability.save()` have those of theirs. Nor is
-    /// any descriptor, nor a VP. `docs/saved-state.md` describes the state, key by key.
+    /// any descriptor, nor a VP. The page "Saved state" of the docs describes it, key by key.
     ///
     /// Takes nothing away, and changes no route. Each armed route is disarmed for the moment in which its eventfd is
     /// looked at, so that every signal so far is either in a VP's local APIC or pending in the state: stop the VPs

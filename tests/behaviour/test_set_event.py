@@ -143,6 +143,21 @@ def test_an_eventfd_moves_with_its_pending_signals(guest: Guest) -> None:
         guest.receives_nothing()
 
 
+def test_an_eventfd_moves_to_a_masked_route_with_its_pending_signals(guest: Guest) -> None:
+    with armed(guest, 2) as [old, new]:
+        old.mask()
+        new.mask()
+        old.signal()
+        with guest.partition.batch() as batch:
+            batch.set_event(new, old)
+            batch.set_event(old, None)
+        assert (old.pending, new.pending) == (False, True)
+        new.unmask()
+        guest.receives(msi(0x42))
+        old.unmask()
+        guest.receives_nothing()
+
+
 def test_an_eventfd_whose_move_is_undone_keeps_its_pending_signals(guest: Guest, faults: Faults) -> None:
     with armed(guest, 3) as [new, old, last]:
         for route in (old, last):

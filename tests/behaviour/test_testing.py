@@ -240,7 +240,7 @@ def test_a_thing_that_tells_nothing_is_named(simulated_partition: SimulatedParti
         wrong: Any = route
         for use in (lambda: expect(wrong, 0x41), lambda: expect_nothing(wrong)):
             with pytest.raises(
-                TypeError, match=r"<IrqFdRoute gsi=24 .*> does not tell which interrupts arrive; give a"
+                TypeError, match=r"<IrqFdRoute gsi=24 .*> does not report which interrupts arrive; give a"
             ):
                 use()
 
@@ -302,7 +302,7 @@ def test_each_call_that_can_fail_is_listed_once_for_all(simulated_partition: Sim
 @pytest.mark.irqfd_backends("mshv")
 def test_mshv_can_not_be_asked(guest: Guest) -> None:
     for use in (lambda: expect(guest.partition, 0x41), lambda: expect_nothing(guest.partition)):
-        with pytest.raises(TypeError, match="does not tell which interrupts arrive"):
+        with pytest.raises(TypeError, match="does not report which interrupts arrive"):
             use()
 
 

@@ -46,3 +46,9 @@ def test_the_readme_lists_every_example() -> None:
     listed = {name.rstrip("/") for name in re.findall(r"^\| `(\S+)` \|", README.read_text(), re.MULTILINE)}
     assert listed == there
     assert len(EXAMPLES) >= 3
+
+
+def test_the_site_shows_every_source() -> None:
+    sources = {str(path.relative_to(PROJECT)) for path in README.parent.rglob("*.py")}
+    pages = "".join(page.read_text() for page in (PROJECT / "docs" / "examples").glob("*.md"))
+    assert set(re.findall(r'^--8<-- "(\S+)"$', pages, re.MULTILINE)) == sources

@@ -54,6 +54,18 @@ def test_a_bad_address_is_noticed(site: Path, element: str, problem: str) -> Non
     assert problem in found
 
 
+def test_the_page_of_a_server_for_unknown_addresses_has_links_from_the_root_of_the_site(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SITE_URL", "https://example.org/project/")
+    (site / "404.html").write_text('<a href="/project/page.html#top">a page</a> <a href="/page.html">outside</a>')
+    (found,) = docs_site.problems(site)
+    assert "404.html: /page.html leads nowhere" in found
+    monkeypatch.delenv("SITE_URL")
+    (found,) = docs_site.problems(site)
+    assert "404.html: /project/page.html#top leads nowhere" in found
+
+
 @pytest.mark.parametrize("rule", ['@import "https://example.org/a.css";', "a { background: url(//example.org/a.png) }"])
 def test_a_style_from_another_host_is_noticed(site: Path, rule: str) -> None:
     (site / "style.css").write_text(rule)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -215,15 +216,27 @@ def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest, wait
     assert ended == ["closed"]
 
 
+def sleeps(thread: threading.Thread) -> bool:
+    """Whether a thread waits in the kernel; see proc(5)."""
+    stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    return stat.rpartition(") ")[2].startswith("S")
+
+
 @by_each_wait
 def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest, wait: Wait) -> None:
-    partition, main = observable(guest), threading.main_thread().ident
-    assert main is not None
+    partition, main = observable(guest), threading.main_thread()
+    number = main.ident
+    assert number is not None
     began, over = threading.Event(), threading.Event()
 
     def interrupt() -> None:
         began.wait()
-        signal.pthread_kill(main, signal.SIGINT)
+        # It is to find the thread in its wait, not on the way there.
+        rests = 0
+        while rests < 3:
+            time.sleep(0.01)
+            rests = rests + 1 if sleeps(main) else 0
+        signal.pthread_kill(number, signal.SIGINT)
         # If Ctrl-C fails to end the wait, this does, before the timeout.
         if not over.wait(patience() / 2):
             partition.close()

@@ -1,4 +1,4 @@
-"""`mshv-irqfd doctor`: what works on this machine, and the command that mends what does not.
+"""`mshv-irqfd doctor`: what works on this machine, and the command that fixes what does not.
 
 Looks at the device nodes and their permissions, the kernel's version and configuration, and the limits; then makes a
 partition of each kind, and delivers an interrupt where the kernel reports them. Changes nothing.
@@ -29,7 +29,7 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     """Adds the subcommand and its options."""
     parser = subcommands.add_parser(
         "doctor",
-        help="tell what works on this machine, and the command that mends what does not",
+        help="tell what works on this machine, and the command that fixes what does not",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""The checks: what was found on a machine, what that means, and what mends it."""
+"""The checks: what was found on a machine, what that means, and what fixes it."""
 
 from __future__ import annotations
 
