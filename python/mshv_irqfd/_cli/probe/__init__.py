@@ -46,7 +46,7 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--torn-pushes",
-        type=float,
+        type=progress.seconds,
         default=0.0,
         metavar="SECONDS",
         help="also signal during pushes and count torn signals, for this long without quiescing and as long with it",
@@ -64,15 +64,21 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
 def run(options: Namespace) -> int:
     """Runs the probe and prints its findings."""
     device = options.device or DEVICES[options.backend]
+    if options.interrupts and options.backend != "mshv":
+        print(f"--interrupts {options.interrupts} goes with --backend mshv", file=sys.stderr)
+        return 2
     try:
         with closing(RawPartition(options.backend, device)):
             pass
     except (HypervisorUnavailableError, OSError) as error:
-        sys.stderr.write(f"no partition of {options.backend}: {device}: {error}\n")
+        print(
+            f"no partition of {options.backend}: {device}: {error}; `mshv-irqfd doctor` tells what to do",
+            file=sys.stderr,
+        )
         return 2
     chosen = [row for row in rows.ROWS if options.only in row.done]
     if not chosen:
-        sys.stderr.write(f"no row has {options.only!r} in its first line\n")
+        print(f"no row has {options.only!r} in its first line", file=sys.stderr)
         return 2
     findings: list[Finding] = []
     try:
@@ -98,5 +104,5 @@ def run(options: Namespace) -> int:
     else:
         show(findings, options.backend)
     if ended == progress.INTERRUPTED:
-        sys.stderr.write(f"interrupted after {len(findings)} rows\n")
+        print(f"interrupted after {len(findings)} rows", file=sys.stderr)
     return ended
