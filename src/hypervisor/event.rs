@@ -262,8 +262,12 @@ pub fn write(fd: RawFd, n: u64) -> io::Result<()> {
 fn ready(fd: RawFd, events: libc::c_short) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one pollfd, which lives across the call; a timeout of 0 does not wait.
-    if unsafe { libc::poll(&mut poll, 1, 0) } < 0 {
-        return Err(io::Error::last_os_error());
+    while unsafe { libc::poll(&mut poll, 1, 0) } < 0 {
+        let error = io::Error::last_os_error();
+        // Although it does not wait: if nothing is ready, poll(2) fails when a signal comes in just then.
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
     if poll.revents & libc::POLLNVAL != 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
@@ -361,6 +365,41 @@ mod tests {
         let taken = over.recv_timeout(std::time::Duration::from_secs(20));
         assert_eq!(taken, Ok([0, u64::MAX - 1, u64::MAX - 100]));
         descriptor::close(fd);
+    }
+
+    #[test]
+    fn a_unix_signal_that_comes_during_a_look_fails_nothing() {
+        static CAUGHT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        extern "C" fn caught(_: libc::c_int) {
+            CAUGHT.fetch_add(1, Ordering::Relaxed);
+        }
+        let handler: extern "C" fn(libc::c_int) = caught;
+        // SAFETY: the handler only adds to an atomic; the zeros are an empty mask and no flags.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as libc::sighandler_t;
+            assert_eq!(libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()), 0);
+        }
+        let event = EventFd::new().unwrap();
+        // SAFETY: a query.
+        let looks = unsafe { libc::pthread_self() };
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let found = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    // SAFETY: this thread is joined before the other one ends.
+                    unsafe { libc::pthread_kill(looks, libc::SIGUSR2) };
+                    std::thread::yield_now();
+                }
+            });
+            let mut found = Ok(false);
+            while found.is_ok() && CAUGHT.load(Ordering::Relaxed) < 2000 {
+                found = event.is_readable();
+            }
+            over.store(true, Ordering::Relaxed);
+            found
+        });
+        assert!(!found.unwrap());
     }
 
     #[test]
