@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 from hvstub import HvStub, Scheduler
 from mshv_irqfd._cli import main
 from mshv_irqfd._cli.probe import rows, torn_pushes
+from mshv_irqfd._cli.probe.scene import Scene
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
 INTERRUPTS = Path("/dev/hvstub")
@@ -82,6 +85,23 @@ def test_ctrl_c_leaves_the_rows_found_so_far(
     assert [row["done"] for row in report["rows"]] == [row.done for row in rows.ROWS[:2]]
     assert report["complete"] is False
     assert shown.err == "interrupted after 2 rows\n"
+
+
+def test_ctrl_c_during_a_race_ends_its_thread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments("kvm")
+    arrived, looks, threads = Scene.arrived, itertools.count(), threading.enumerate()
+
+    def interrupted(scene: Scene) -> list[str] | None:
+        if next(looks) == 10:
+            raise KeyboardInterrupt
+        return arrived(scene)
+
+    monkeypatch.setattr(Scene, "arrived", interrupted)
+    assert main([*words, "--only", "one signal concurrent with the arming"]) == 130
+    assert threading.enumerate() == threads
+    assert "interrupted after 0 rows" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_the_torn_signals_counted_so_far(
