@@ -27,6 +27,8 @@ ROUTES = (1, 16, 64, 256, 1024, 2000)
 MOST_ROUTES = 4056
 """KVM's table holds no more beside its pins."""
 QUICK_ROUTES = (1, 16)
+SHORTEST = 0.01
+"""The least time to measure a rate for, in seconds."""
 PLOTS = (".svg", ".png", ".pdf")
 
 
@@ -206,7 +208,7 @@ def run_compare(options: Namespace) -> int:
 
 def run_plot(options: Namespace) -> int:
     """Plots earlier runs side by side; 2 if one cannot be read."""
-    if problem := _missing("rich", "matplotlib") or _no_directory(options.plot):
+    if problem := _missing("rich", "matplotlib") or _no_file(options.plot):
         return _say(problem)
     from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
 
@@ -218,8 +220,11 @@ def run_plot(options: Namespace) -> int:
     return 0
 
 
-def _no_directory(file: Path | None) -> str | None:
-    return f"{file}: no such directory" if file and not file.absolute().parent.is_dir() else None
+def _no_file(file: Path | None) -> str | None:
+    """Why a file can't be written; None if it can, as far as can be told before a long measurement."""
+    if file and not file.absolute().parent.is_dir():
+        return f"{file}: no such directory"
+    return f"{file} is a directory" if file and file.is_dir() else None
 
 
 def run(options: Namespace) -> int:
@@ -228,7 +233,7 @@ def run(options: Namespace) -> int:
         return _say(problem)
     from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
-    if problem := _no_directory(options.json) or _no_directory(options.plot):
+    if problem := _no_file(options.json) or _no_file(options.plot):
         return _say(problem)
     if options.beside and not options.plot:
         return _say("--beside goes with --plot FILE")
@@ -286,6 +291,6 @@ def _measure(plan: measure.Plan, chosen: list[str]) -> results.Results:
                 rows.append(results.row(cell))  # noqa: PERF401 -- those before a Ctrl-C stay
             for name in chosen:
                 bar.update(task, description=name)
-                further += scenarios.ALL[name](plan.backend, min(1.0, plan.seconds))
+                further += scenarios.ALL[name](plan.backend, min(1.0, max(SHORTEST, plan.seconds)))
             complete = True
     return results.results(plan, rows, further, complete=complete)
