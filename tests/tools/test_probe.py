@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import threading
 from dataclasses import replace
@@ -58,6 +59,24 @@ def test_without_a_device_the_probe_names_the_one_that_it_tried(
 ) -> None:
     assert main(["probe", "--backend", "kvm", "--device", str(tmp_path / "none")]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "said"),
+    [("kvm", os.devnull, "goes with --backend mshv"), ("mshv", "/dev/none", "/dev/none: there is no such device")],
+)
+def test_an_observer_of_no_use_is_reported_before_probing(
+    backend: str, device: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "--backend", backend, "--interrupts", device]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "long"])
+def test_no_number_of_seconds_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["probe", "--backend", "kvm", "--torn-pushes", seconds])
+    assert f"'{seconds}' is not a number of seconds" in capsys.readouterr().err
 
 
 def test_only_the_rows_asked_for_are_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MshvIrqFdError, _core
+from mshv_irqfd._cli.arguments import seconds
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
 from mshv_irqfd._cli.progress import INTERRUPTED
@@ -69,13 +70,13 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=seconds,
         metavar="S",
         help="seconds for each workload at each number of routes (default: 2)",
     )
     parser.add_argument(
         "--longest",
-        type=_seconds,
+        type=seconds,
         default=20.0,
         metavar="S",
         help="a design skips a workload if a call would take longer than this (default: 20)",
@@ -142,16 +143,6 @@ def _routes(text: str) -> list[int]:
     if numbers[0] < 1 or numbers[-1] > MOST_ROUTES:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of routes is 1 to {MOST_ROUTES}")
     return numbers
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86400:  # noqa: PLR2004 -- a day
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
-    return seconds
 
 
 def _plot(text: str) -> Path:
