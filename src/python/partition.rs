@@ -435,7 +435,7 @@ impl Partition {
     }
 
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.settle())?)
+        logged(py, &self.core, || self.core.settle())
     }
 
     fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
