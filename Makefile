@@ -21,6 +21,9 @@ SOAK_WALKS ?= 100000
 # Seconds for each fuzz target.
 FUZZ_SECONDS ?= 120
 FUZZ_TARGETS := msi fdinfo table operations msix
+# Nothing is linked, so libFuzzer itself need not be there.
+FUZZ_CLIPPY := CUSTOM_LIBFUZZER_PATH=/dev/null CARGO_TARGET_DIR=target/fuzz RUSTFLAGS="--cfg fuzzing" \
+	cargo clippy --quiet --locked --manifest-path fuzz/Cargo.toml --bins -- --deny warnings
 # Threads that run each test at once.
 PARALLEL_THREADS ?= 4
 
@@ -113,8 +116,10 @@ memcheck: build-dev ## Run a smoke test of the Python package under valgrind, fo
 
 lint: build-dev ## Check format, style, types, and the stub against the module
 	cargo fmt --check
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --quiet --locked --all-targets --all-features -- --deny warnings
 	cargo clippy --quiet --locked --all-targets -- --deny warnings
+	$(FUZZ_CLIPPY)
 	$(RUN) tools/import_floors.py --check
 	$(RUN) tools/break_rules.py --check
 	$(BIN)/ruff check --quiet .
@@ -178,6 +183,7 @@ guest: ## Assemble the guest that counts interrupts (python/mshv_irqfd/_guest)
 
 format: $(VENV)/ready ## Format all sources
 	cargo fmt
+	cargo fmt --manifest-path fuzz/Cargo.toml
 	$(BIN)/ruff check --quiet --fix --exit-zero .
 	$(BIN)/ruff format --quiet .
 

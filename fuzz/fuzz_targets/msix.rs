@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use mshv_irqfd::hypervisor::simulated::SimulatedPartition;
 use mshv_irqfd::hypervisor::{Backend, Operation};
 use mshv_irqfd::irqfd::{Config, Partition};
-use mshv_irqfd::pci::MsixTable;
+use mshv_irqfd::pci::{AnyDevice, MsixTable};
 
 const VECTORS: usize = 5;
 
@@ -58,8 +58,10 @@ fuzz_target!(|steps: Vec<Step>| {
                 table.write_table(entry + 8, &data.to_le_bytes()).expect("no guest write fails");
             }
             Step::Enable(high) => table.write_message_control(3, &[*high]).expect("no guest write fails"),
-            Step::Signal(vector) => table.signal(at(vector)).expect("no signal fails"),
-            Step::Consume(vector) => drop(table.consume_pending(at(vector)).expect("its eventfd is open")),
+            Step::Signal(vector) => table.vectors().signal(at(vector)).expect("no signal fails"),
+            Step::Consume(vector) => {
+                drop(table.vectors().consume_pending(at(vector)).expect("its eventfd is open"))
+            }
             Step::Event(vector) => drop(table.take_route(at(vector))),
             Step::Reset => table.reset().expect("no reset fails"),
             Step::Fail(which, after, times) => {
@@ -74,9 +76,9 @@ fuzz_target!(|steps: Vec<Step>| {
             let data = table.read_table(16 * vector as u64 + 8, 4).expect("it is open");
             asked[data as usize & 0xFF] = true;
             let live = is_open && !table.masked(vector).expect("it is open");
-            let armed = table.route(vector).is_some_and(|route| route.armed().expect("it is open"));
+            let armed = table.vectors().route(vector).is_some_and(|route| route.armed().expect("it is open"));
             assert!(live == armed || faults.contains(&vector), "vector {vector}: {live} {armed} {faults:?}");
-            assert!(!armed || !table.pending(vector).expect("it is open"));
+            assert!(!armed || !table.vectors().pending(vector).expect("it is open"));
         }
         driver.settle();
         for interrupt in driver.take_interrupts(Duration::ZERO) {
@@ -86,8 +88,8 @@ fuzz_target!(|steps: Vec<Step>| {
     if quiet {
         // Nothing failed, so every vector can still be armed, as far as there are GSIs, and sends what is pending.
         for vector in 0..VECTORS {
-            if table.route(vector).is_some() {
-                table.signal(vector).expect("no signal fails");
+            if table.vectors().route(vector).is_some() {
+                table.vectors().signal(vector).expect("no signal fails");
             }
         }
         table.write_message_control(3, &[0xC0]).expect("no guest write fails");
@@ -97,13 +99,15 @@ fuzz_target!(|steps: Vec<Step>| {
         }
         driver.settle();
         let _before = driver.take_interrupts(Duration::ZERO);
-        let pending: Vec<_> = (0..VECTORS).filter(|vector| table.pending(*vector).expect("it is open")).collect();
+        let pending: Vec<_> =
+            (0..VECTORS).filter(|vector| table.vectors().pending(*vector).expect("it is open")).collect();
         table.write_message_control(3, &[0x80]).expect("no guest write fails");
         driver.settle();
         let mut arrived: Vec<_> =
             driver.take_interrupts(Duration::ZERO).iter().map(|one| one.vector - 0x40).collect();
         arrived.sort_unstable();
-        let armed = |vector: &usize| table.route(*vector).is_some_and(|route| route.armed().expect("it is open"));
+        let armed =
+            |vector: &usize| table.vectors().route(*vector).is_some_and(|route| route.armed().expect("it is open"));
         let expected: Vec<_> = pending.iter().copied().filter(armed).map(|vector| vector as u8).collect();
         assert_eq!(arrived, expected);
         assert_eq!((0..VECTORS).filter(armed).count(), VECTORS.min(4));

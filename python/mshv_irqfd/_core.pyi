@@ -175,8 +175,8 @@ class EventFd:
         """Waits in asyncio for signals, and takes them.
 
         Any number of tasks may wait; one of them gets the signals, the others wait on. A task that is cancelled takes
-        none. Other tasks run before this returns, even if it need not wait, so that signals without pause starve none.
-        A view of a route waits until the route is not armed and a signal is pending.
+        none. Other tasks run before this returns, even if it need not wait, so that signals without pause do not
+        starve them. A view of a route waits until the route is not armed and a signal is pending.
 
         Returns:
             Their number, at least 1.
@@ -212,7 +212,7 @@ class IoEventFd:
 
     `Partition.ioeventfd()` makes a doorbell. To wait for rings in asyncio, use `await doorbell.wait()` or
     `async for count in doorbell`. The eventfd is readable once the guest has rung, so `fileno()` works with
-    `selectors`, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+    `selectors`, and can be given to vhost as a queue's kick. A ring stays in the eventfd until it is taken.
 
     Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()`, `wait()` and
     `fileno()` work, on the same counter as in the parent; `close()` raises `ForkedError`.
@@ -281,7 +281,7 @@ class IoEventFd:
         """Takes the rings so far. Never waits. Works in a forked child.
 
         Returns:
-            Their number; 0 if nobody has rung. Always 0 on the eventfd of an armed route: the kernel takes them.
+            Their number; 0 if there are none. Always 0 on the eventfd of an armed route: the kernel takes them.
 
         Raises:
             ClosedError: the doorbell is closed.
@@ -291,8 +291,8 @@ class IoEventFd:
         """Waits in asyncio for the guest to ring, and takes the rings.
 
         Any number of tasks may wait; one of them gets the rings, the others wait on. A task that is cancelled takes
-        none. Other tasks run before this returns, even if it need not wait: a guest that rings without pause starves
-        none of them.
+        none. Other tasks run before this returns, even if it need not wait, so that a guest that rings without pause
+        does not starve them.
 
         Returns:
             Their number, at least 1.
@@ -461,9 +461,9 @@ class IrqFdRoute:
     async def wait_pending(self) -> None:
         """Waits in asyncio until a signal is pending, and leaves it pending.
 
-        Takes nothing, because whether the guest still gets the interrupt is another decision: `unmask()` raises it,
-        `consume_pending()` drops it. So every task that waits is told. While the route is armed nothing is pending, and
-        this waits on. Other tasks run before this returns, even if it need not wait.
+        Takes nothing: the caller decides whether the guest still gets the interrupt. `unmask()` raises it, and
+        `consume_pending()` drops it. So every waiting task returns. While the route is armed nothing is pending, and
+        this keeps waiting. Other tasks run before this returns, even if it need not wait.
 
         Raises:
             ClosedError: the route is closed, or it was closed while the task waited.
@@ -481,18 +481,18 @@ class IrqFdRoute:
         """
 
     def set_event(self, event: HasFileno | int | None) -> None:
-        """Puts another eventfd in the place of the route's, whatever state the route is in. It needs no push.
+        """Replaces the route's eventfd, in any state of the route. It needs no push.
 
         Nothing is lost: signals that the old eventfd holds are carried over to the new one, and those of `signal()`
         reach the route before, during and after the call (twice at most if they overlap it). If the route is armed, it
-        raises one interrupt for what the new eventfd held before. Whoever holds the old eventfd reaches the route no
-        more. `fileno()` changes: the route closes its descriptor of the old eventfd.
+        raises one interrupt for what the new eventfd held before. A process that still has the old eventfd no longer
+        reaches the route. `fileno()` changes: the route closes its descriptor of the old eventfd.
 
         To give a route the eventfd of another route, change both in a batch; see `Batch.set_event()`.
 
         Args:
             event: the caller's eventfd, an int or an object with `fileno()`, which is duplicated as in
-                `Partition.new_irqfd_route()`. None: a new one, which no one else holds. The one that the route has
+                `Partition.new_irqfd_route()`. None: a new one, which no other code has. The one that the route has
                 already changes nothing.
 
         Raises:
@@ -563,7 +563,7 @@ class Batch:
         """Unmasks a route, as `IrqFdRoute.unmask()` does."""
 
     def set_event(self, route: IrqFdRoute, event: HasFileno | int | None) -> None:
-        """Puts another eventfd in the place of a route's, as `IrqFdRoute.set_event()` does.
+        """Replaces a route's eventfd, as `IrqFdRoute.set_event()` does.
 
         In one batch, routes may also give their eventfds to one another: in a chain, or in exchange. A moved eventfd
         takes the signals that it holds along to its new route, and keeps those that arrive meanwhile; what the new
@@ -686,9 +686,9 @@ class MsixTable(Device):
 
     A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or
     vhost. A vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask
-    is set, with the message that its entry had when that became so. Other changes to an unmasked entry wait for its
-    next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for.
-    Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
+    is set, with the message that its entry had at that moment. A later change of the entry's message waits for
+    the vector's next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or when its `event` is
+    read. Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
 
     Signals on a vector that is not armed stay pending, and show as its pending bit, no matter who wrote them to the
     eventfd. Unmasking sends one message for all of them.
@@ -1049,7 +1049,7 @@ class Vector:
     def route(self) -> PublicIrqFdRoute | None:
         """The vector's route; None if it has not been taken yet.
 
-        The device sets, masks and closes it: look at it only.
+        The device sets, masks and closes it: read it, and do not change it.
         """
 
     def __eq__(self, other: object, /) -> bool: ...
@@ -1060,14 +1060,14 @@ class Vector:
 class MsixVector(Vector):
     """A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
 
-    Hold it where signals must be fast: `signal()` is one write.
+    Keep it in a variable where signals must be fast: `signal()` is one write.
     """
 
 @final
 class MsiVector(Vector):
     """A vector of an `MsiCapability`: `capability.vectors[i]`. It keeps the capability alive.
 
-    Hold it where signals must be fast: `signal()` is one write.
+    Keep it in a variable where signals must be fast: `signal()` is one write.
     """
 
 @disjoint_base
@@ -1167,8 +1167,8 @@ class Partition:
             data: the data of the MSI. Omit it with an `MsiRoute`.
 
         Returns:
-            False if the kernel reports that the guest did not take it. Only KVM tells, for instance while the guest's
-            local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
+            False if the kernel reports that the guest did not take it. Only KVM reports that, for instance while the
+            guest's local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
 
         Raises:
             ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the

@@ -105,10 +105,10 @@ class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is 
         Args:
             fd: an mshv partition or a KVM VM (an int, or an object with `fileno()`).
             backend: "mshv" or "kvm".
-            gsis: the GSIs to hand out. All others remain the caller's.
+            gsis: the GSIs to allocate to routes. All others remain the caller's.
             keep: `RoutingEntry`s to include in every push. The first push replaces the table that the kernel has.
                 KVM's pin entries are always included.
-            spare: GSIs that no one else uses, to hold the MSIs that routes are likely to want next (see `preload` of
+            spare: GSIs that nothing else uses, to hold the MSIs that routes are likely to want next (see `preload` of
                 `open_partition`). None: no spare GSIs, so every new MSI is a push.
             vps: the number of VPs (indices from 0 up), or their indices. MSIs are checked against them. None: MSIs
                 are not checked.
@@ -147,9 +147,9 @@ class KvmPartition(Partition):
     def take_interrupts(self, timeout: float = 0.0) -> list[Interrupt]:
         """Takes the interrupts that are pending in the local APICs of the vCPUs that this partition created.
 
-        The APIC has one bit for each vector: it tells that a vector was raised, and neither how often, nor in which
-        order. Where nobody runs the vCPUs, as here, nobody takes an interrupt before the next. The result is exact only
-        while no signal is in flight: an interrupt that arrives between the ioctl that reads a register and the one
+        The APIC has one bit for each vector: it shows that a vector was raised, but not how often, nor in which order.
+        The vCPUs do not run, so no guest takes an interrupt before the next. The result is exact only while no signal
+        is in flight: an interrupt that arrives between the ioctl that reads a register and the one
         that clears it is lost. What a running guest takes is not in these registers.
 
         Args:
@@ -347,8 +347,9 @@ def open_partition(
     Args:
         backend: "mshv", "kvm", "simulated", or "auto": mshv if available, else kvm, never simulated.
         device: the device node to open. None: /dev/mshv or /dev/kvm.
-        gsis: the GSIs to hand out, lowest first; a range of step 1. mshv accepts 0-4095 (0-23 are IOAPIC pins by
-            convention); KVM accepts 24-4095, and at most 4056 of them, as its 40 pin entries are in the same table.
+        gsis: the GSIs to allocate to routes, lowest first; a range of step 1. mshv accepts 0-4095 (0-23 are IOAPIC
+            pins by convention); KVM accepts 24-4095, and at most 4056 of them, as its 40 pin entries are in the same
+            table.
         vps: the number of VPs to create (indices from 0 up), or their indices. A VP's index is its APIC id, 0 to 254.
         quiesce: whether to disarm all irqfds around every push. None: where the kernel needs it. On mshv a signal
             during a push can otherwise raise vector 0, and the simulated kernel behaves alike; KVM does not need it.

@@ -93,7 +93,7 @@ def expect(
 
     Raises:
         AssertionError: some are missing, or others arrived. The message says which, and what did arrive.
-        TypeError: the partition does not tell what arrives (mshv); or an argument is invalid.
+        TypeError: the partition does not report what arrives (mshv); or an argument is invalid.
         ValueError: an argument is invalid.
     """
     __tracebackhide__ = True  # pytest then shows the line of the test that failed, not this function
@@ -116,7 +116,7 @@ def expect(
 
 
 def expect_nothing(partition: Partition) -> None:
-    """Asserts that no interrupt has arrived that nobody has taken, and that none is on its way.
+    """Asserts that no interrupt waits to be taken, and that none is on its way.
 
     Signals before this call are waited for, so there is no need to sleep first. Takes what has arrived.
 
@@ -125,7 +125,7 @@ def expect_nothing(partition: Partition) -> None:
 
     Raises:
         AssertionError: interrupts have arrived. The message says which.
-        TypeError: the partition does not tell what arrives (mshv).
+        TypeError: the partition does not report what arrives (mshv).
     """
     __tracebackhide__ = True
     telling = _telling(partition)

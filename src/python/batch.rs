@@ -68,7 +68,7 @@ impl Batch {
         self.edit(route, Edits::unmask)
     }
 
-    /// Puts another eventfd in the place of a route's, as `IrqFdRoute.set_event()` does.
+    /// Replaces a route's eventfd, as `IrqFdRoute.set_event()` does.
     ///
     /// In one batch, routes may also give their eventfds to one another: in a chain, or in exchange. A moved eventfd
     /// takes the signals that it holds along to its new route, and keeps those that arrive meanwhile; what the new

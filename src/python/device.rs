@@ -304,7 +304,7 @@ impl Vector {
 
     /// The vector's route; None if it has not been taken yet.
     ///
-    /// The device sets, masks and closes it: look at it only.
+    /// The device sets, masks and closes it: read it, and do not change it.
     #[getter]
     fn route<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, IrqFdRoute>>> {
         self.vectors().route(self.index).map(|route| self.object(py, route)).transpose()

@@ -95,7 +95,7 @@ impl IoEventFd {
     /// Takes the rings so far. Never waits. Works in a forked child.
     ///
     /// Returns:
-    ///     Their number; 0 if nobody has rung. Always 0 on the eventfd of an armed route: the kernel takes them.
+    ///     Their number; 0 if there are none. Always 0 on the eventfd of an armed route: the kernel takes them.
     ///
     /// Raises:
     ///     ClosedError: the doorbell is closed.
@@ -106,8 +106,8 @@ impl IoEventFd {
     /// Waits in asyncio for the guest to ring, and takes the rings.
     ///
     /// Any number of tasks may wait; one of them gets the rings, the others wait on. A task that is cancelled takes
-    /// none. Other tasks run before this returns, even if it need not wait: a guest that rings without pause starves
-    /// none of them.
+    /// none. Other tasks run before this returns, even if it need not wait, so that a guest that rings without pause
+    /// does not starve them.
     ///
     /// Returns:
     ///     Their number, at least 1.

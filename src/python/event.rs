@@ -161,8 +161,8 @@ impl EventFd {
     /// Waits in asyncio for signals, and takes them.
     ///
     /// Any number of tasks may wait; one of them gets the signals, the others wait on. A task that is cancelled takes
-    /// none. Other tasks run before this returns, even if it need not wait, so that signals without pause starve none.
-    /// A view of a route waits until the route is not armed and a signal is pending.
+    /// none. Other tasks run before this returns, even if it need not wait, so that signals without pause do not
+    /// starve them. A view of a route waits until the route is not armed and a signal is pending.
     ///
     /// Returns:
     ///     Their number, at least 1.

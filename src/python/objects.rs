@@ -72,7 +72,7 @@ pub(super) struct TakenRoute {
 ///
 /// `Partition.ioeventfd()` makes a doorbell. To wait for rings in asyncio, use `await doorbell.wait()` or
 /// `async for count in doorbell`. The eventfd is readable once the guest has rung, so `fileno()` works with
-/// `selectors`, and can be given to vhost as a queue's kick. A ring that nobody takes stays in the eventfd.
+/// `selectors`, and can be given to vhost as a queue's kick. A ring stays in the eventfd until it is taken.
 ///
 /// Threads may share a doorbell. Close it, or use `with`. In a forked child `signal()`, `consume()`, `wait()` and
 /// `fileno()` work, on the same counter as in the parent; `close()` raises `ForkedError`.
@@ -150,9 +150,9 @@ pub(crate) struct Device {
 ///
 /// A device model passes the guest's accesses on, and signals `vectors`, or hands `vectors[i].event` to VFIO or
 /// vhost. A vector's route is armed while MSI-X is enabled and neither the vector's mask bit nor the function mask
-/// is set, with the message that its entry had when that became so. Other changes to an unmasked entry wait for its
-/// next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or its `event` is asked for.
-/// Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
+/// is set, with the message that its entry had at that moment. A later change of the entry's message waits for
+/// the vector's next unmasking. A vector takes a GSI and an eventfd when it is first unmasked, or when its `event` is
+/// read. Enabling MSI-X or clearing the function mask makes one push at most, for all vectors.
 ///
 /// Signals on a vector that is not armed stay pending, and show as its pending bit, no matter who wrote them to the
 /// eventfd. Unmasking sends one message for all of them.
@@ -251,12 +251,12 @@ pub(crate) struct Vector {
 
 /// A vector of an `MsixTable`: `table.vectors[i]`. It keeps the table alive.
 ///
-/// Hold it where signals must be fast: `signal()` is one write.
+/// Keep it in a variable where signals must be fast: `signal()` is one write.
 #[pyclass(frozen, extends = Vector, module = "mshv_irqfd")]
 pub(crate) struct MsixVector;
 
 /// A vector of an `MsiCapability`: `capability.vectors[i]`. It keeps the capability alive.
 ///
-/// Hold it where signals must be fast: `signal()` is one write.
+/// Keep it in a variable where signals must be fast: `signal()` is one write.
 #[pyclass(frozen, extends = Vector, module = "mshv_irqfd")]
 pub(crate) struct MsiVector;

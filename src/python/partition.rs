@@ -191,8 +191,8 @@ impl Partition {
     ///     data: the data of the MSI. Omit it with an `MsiRoute`.
     ///
     /// Returns:
-    ///     False if the kernel reports that the guest did not take it. Only KVM tells, for instance while the guest's
-    ///     local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
+    ///     False if the kernel reports that the guest did not take it. Only KVM reports that, for instance while the
+    ///     guest's local APIC is off. True otherwise: the kernel or the hypervisor has accepted it.
     ///
     /// Raises:
     ///     ValueError, OverflowError, TypeError: the arguments are not an MSI. The message names the value and the

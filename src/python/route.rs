@@ -177,9 +177,9 @@ impl IrqFdRoute {
 
     /// Waits in asyncio until a signal is pending, and leaves it pending.
     ///
-    /// Takes nothing, because whether the guest still gets the interrupt is another decision: `unmask()` raises it,
-    /// `consume_pending()` drops it. So every task that waits is told. While the route is armed nothing is pending, and
-    /// this waits on. Other tasks run before this returns, even if it need not wait.
+    /// Takes nothing: the caller decides whether the guest still gets the interrupt. `unmask()` raises it, and
+    /// `consume_pending()` drops it. So every waiting task returns. While the route is armed nothing is pending, and
+    /// this keeps waiting. Other tasks run before this returns, even if it need not wait.
     ///
     /// Raises:
     ///     ClosedError: the route is closed, or it was closed while the task waited.
@@ -201,18 +201,18 @@ impl IrqFdRoute {
         Ok(py.detach(|| self.route.consume_pending())?)
     }
 
-    /// Puts another eventfd in the place of the route's, whatever state the route is in. It needs no push.
+    /// Replaces the route's eventfd, in any state of the route. It needs no push.
     ///
     /// Nothing is lost: signals that the old eventfd holds are carried over to the new one, and those of `signal()`
     /// reach the route before, during and after the call (twice at most if they overlap it). If the route is armed, it
-    /// raises one interrupt for what the new eventfd held before. Whoever holds the old eventfd reaches the route no
-    /// more. `fileno()` changes: the route closes its descriptor of the old eventfd.
+    /// raises one interrupt for what the new eventfd held before. A process that still has the old eventfd no longer
+    /// reaches the route. `fileno()` changes: the route closes its descriptor of the old eventfd.
     ///
     /// To give a route the eventfd of another route, change both in a batch; see `Batch.set_event()`.
     ///
     /// Args:
     ///     event: the caller's eventfd, an int or an object with `fileno()`, which is duplicated as in
-    ///         `Partition.new_irqfd_route()`. None: a new one, which no one else holds. The one that the route has
+    ///         `Partition.new_irqfd_route()`. None: a new one, which no other code has. The one that the route has
     ///         already changes nothing.
     ///
     /// Raises:
