@@ -20,8 +20,8 @@ from support import collect, counting, msi, rare
 if TYPE_CHECKING:
     from backends import Guest
     from faults import Faults
-    from mshv_irqfd.testing import SimulatedCall
     from mshv_irqfd import IoEventFd, IrqFdRoute
+    from mshv_irqfd.testing import SimulatedCall
 
 NAME = "mshv_irqfd"
 ADDRESS = 0xD0000000

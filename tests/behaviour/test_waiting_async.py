@@ -585,7 +585,7 @@ def test_a_forked_child_that_drops_its_copies_of_waiting_tasks_ends_no_wait_of_i
         assert len(loops_descriptors()) >= len(before) - own
         for source in (event, doorbell, route):
             source.signal()
-        ended = loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
+        ended = loop.run_until_complete(asyncio.wait(tasks, timeout=patience()))
         assert [len(some) for some in ended] == [3, 0]
         loop.close()
 

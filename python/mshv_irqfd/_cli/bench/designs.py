@@ -1,6 +1,7 @@
 """The designs that the bench compares: the package, plain Python, and the Rust baselines (`_core.Baseline`).
 
-Each runs the same workloads on a partition of its own with one VP. Only the workloads are timed, not the steps between.
+Each runs the same workloads on a partition of its own with four VPs. Only the workloads are timed, not the steps
+between.
 """
 
 from __future__ import annotations

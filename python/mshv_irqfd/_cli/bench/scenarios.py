@@ -107,7 +107,8 @@ def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
         route, count = routes[number], 0
         msis = [MsiRoute.fixed(vector(number, turn=turn), 0) for turn in (False, True)]
         ready.wait()
-        while not stop.is_set():
+        # Once at least, however short the time is: the counts are divided by one another.
+        while not count or not stop.is_set():
             count += 1
             route.set_msi(msis[count % 2])
         counts[number] = count
@@ -147,7 +148,7 @@ def _turns(seconds: float) -> float:
     """Iterations per second of a small loop in this thread."""
     count, begun = 0, perf_counter_ns()
     end = begun + int(seconds * 1e9)
-    while perf_counter_ns() < end:
+    while not count or perf_counter_ns() < end:
         count += 1
     return count / ((perf_counter_ns() - begun) / 1e9)
 
