@@ -52,8 +52,8 @@ fuzz_target!(|input: (bool, u8, Vec<Step>)| {
     let (quiesce, spare, steps) = input;
     let Ok(simulated) = SimulatedPartition::open() else { return };
     let driver = simulated.driver();
-    let mut config = Config { quiesce, ..Config::new(Backend::Simulated, 24..30) };
-    config.spares.push(30..30 + u32::from(spare % 6));
+    let spares = std::iter::once(30..30 + u32::from(spare % 6)).collect();
+    let config = Config { quiesce, spares, ..Config::new(Backend::Simulated, 24..30) };
     let partition = Partition::new(Box::new(simulated), config).expect("the options are right");
     partition.create_vp(0).expect("a simulated VP");
     let mut routes: Vec<IrqFdRoute> = Vec::new();

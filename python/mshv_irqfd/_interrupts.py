@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from mshv_irqfd._core import MsiRoute
 from mshv_irqfd.errors import MissingInterruptError
@@ -144,6 +144,34 @@ def listed(interrupts: Counter[Interrupt], *, counted: bool = True) -> str:
     return "; ".join(each) or "none"
 
 
+def raise_missing(
+    timeout: float,
+    missing: Counter[Interrupt],
+    wanted: Counter[Interrupt],
+    arrived: list[Interrupt],
+    *,
+    counted: bool = True,
+) -> NoReturn:
+    """Says which interrupts are missing after a time, and what did arrive."""
+    raise MissingInterruptError(
+        f"missing after {timeout:g} s: {listed(missing, counted=counted)}; expected "
+        f"{listed(wanted, counted=counted)}; arrived: {listed(Counter(arrived), counted=counted)}",
+        missing=dict(missing),
+        arrived=arrived,
+    )
+
+
+def checked_timeout(timeout: float) -> float:
+    """A number of seconds to wait.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not 0 <= timeout < inf:
+        raise ValueError(f"timeout {timeout} is not a valid number of seconds; give a finite number, 0 or more")
+    return timeout
+
+
 def wait(
     partition: Partition,
     wanted: Counter[Interrupt],
@@ -156,9 +184,7 @@ def wait(
 
     `settle` is called at the deadline, before the last look.
     """
-    if not 0 <= timeout < inf:
-        raise ValueError(f"timeout {timeout} is not a valid number of seconds; give a finite number, 0 or more")
-    deadline = monotonic() + timeout
+    deadline = monotonic() + checked_timeout(timeout)
     known, left = 0, 0.0
     while True:
         # The first look waits for nothing.
@@ -175,10 +201,5 @@ def wait(
             settle()
             settle = None
         elif left == 0.0:
-            raise MissingInterruptError(
-                f"missing after {timeout:g} s: {listed(missing, counted=counted)}; expected "
-                f"{listed(wanted, counted=counted)}; arrived: {listed(Counter(interrupts), counted=counted)}",
-                missing=dict(missing),
-                arrived=interrupts,
-            )
+            raise_missing(timeout, missing, wanted, interrupts, counted=counted)
         known = max([known, *(number + 1 for number, _ in arrived)])

@@ -128,6 +128,17 @@ impl EventFd {
         })
     }
 
+    /// Whether other code has closed the descriptor, whose number may be another file's by now. That other file is told
+    /// by the eventfd's number in the kernel, if that was read before.
+    pub fn is_gone(&self) -> bool {
+        let fd = self.as_raw_fd();
+        match (self.info(), self.id.get()) {
+            (Ok(info), Some(known)) => info.field("eventfd-id") != *known,
+            (Ok(_), None) => false,
+            (Err(_), _) => !self.is_closed() && !descriptor::is_open(fd),
+        }
+    }
+
     /// Runs `action` on the descriptor unless it is closed. Nothing closes it meanwhile.
     fn using<T>(&self, action: impl FnOnce(RawFd) -> io::Result<T>) -> io::Result<T> {
         let before = self.change_users(|users| users + 1);

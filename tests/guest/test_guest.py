@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 from mshv_irqfd import MsiRoute, Partition, _guest, open_partition
 from mshv_irqfd._guest import FENCE, Access, CountingGuest, GuestError, GuestOfPartition
+from mshv_irqfd.testing import until
 from needs import need, need_program
 from raw_kvm import KvmVm
-from support import in_child, msi, open_files, run_python, still_works, until
+from support import in_child, msi, open_files, run_python, still_works
 
 if TYPE_CHECKING:
     from backends import KvmGuest

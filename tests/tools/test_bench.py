@@ -90,7 +90,7 @@ def test_a_bring_up_one_by_one_begins_with_an_empty_table(*, workload: str, prel
 
 
 @pytest.mark.parametrize(("preload", "pushes"), [(True, 0), (False, 20)])
-@pytest.mark.parametrize("workload", ["retarget", "retarget-storm"])
+@pytest.mark.parametrize("workload", ["msix-retarget", "retarget", "retarget-storm"])
 def test_every_retarget_is_a_push_without_preloading_and_none_is_with_it(
     *, workload: str, preload: bool, pushes: int
 ) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from backends import Backend, Guest, SimulatedGuest
-from support import msi, until
+from mshv_irqfd.testing import until
+from support import msi
 
 if TYPE_CHECKING:
     from mshv_irqfd import IrqFdRoute
@@ -223,7 +224,7 @@ def test_no_signal_is_lost_or_becomes_another_vector_while_routes_change(
             seen: list[int] = []
 
             def delivered(seen: list[int] = seen) -> bool:
-                seen += [interrupt.vector for interrupt in guest.poll()]
+                seen += [interrupt.vector for interrupt in guest.take_interrupts()]
                 return bool(seen)
 
             until(delivered, "the signal is delivered")

@@ -8,6 +8,7 @@ ends the run with the results so far, and exit status 130.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
@@ -199,7 +200,7 @@ def run_compare(options: Namespace) -> int:
 
 def run_plot(options: Namespace) -> int:
     """Plots earlier runs side by side; 2 if one cannot be read."""
-    if problem := _missing("rich", "matplotlib") or _no_file(options.plot):
+    if problem := _missing("rich", "matplotlib") or _unwritable(options.plot):
         return _say(problem)
     from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
 
@@ -211,11 +212,16 @@ def run_plot(options: Namespace) -> int:
     return 0
 
 
-def _no_file(file: Path | None) -> str | None:
-    """Why a file can't be written; None if it can, as far as can be told before a long measurement."""
-    if file and not file.absolute().parent.is_dir():
+def _unwritable(file: Path | None) -> str | None:
+    """Why a file can't be written, before something is measured for it; None if it can."""
+    if file is None:
+        return None
+    if not file.absolute().parent.is_dir():
         return f"{file}: no such directory"
-    return f"{file} is a directory" if file and file.is_dir() else None
+    if file.is_dir():
+        return f"{file} is a directory"
+    fine = os.access(file if file.exists() else file.absolute().parent, os.W_OK)
+    return None if fine else f"{file}: no permission to write it"
 
 
 def run(options: Namespace) -> int:
@@ -224,7 +230,7 @@ def run(options: Namespace) -> int:
         return _say(problem)
     from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
-    if problem := _no_file(options.json) or _no_file(options.plot):
+    if problem := _unwritable(options.json) or _unwritable(options.plot):
         return _say(problem)
     if options.beside and not options.plot:
         return _say("--beside goes with --plot FILE")

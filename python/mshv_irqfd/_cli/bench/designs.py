@@ -40,7 +40,7 @@ MAKERS: dict[str, Callable[[str, int], Design]] = {
 }
 OURS = ("package", "no preload", "no preload unquiesced")
 """The designs that are the package."""
-MOVES = ("bring-up", "bring-up-made", "retarget", "retarget-storm", "retarget-all")
+MOVES = ("bring-up", "bring-up-made", "msix-retarget", "retarget", "retarget-storm", "retarget-all")
 """The workloads for which moves are another way."""
 
 

@@ -68,7 +68,7 @@ def _no_observer(options: Namespace) -> str | None:
     if options.interrupts is None:
         return None
     if options.backend != "mshv":
-        return "--interrupts goes with --backend mshv: KVM's interrupts are read from the local APIC"
+        return f"--interrupts {options.interrupts} goes with --backend mshv; KVM's local APIC tells by itself"
     if not os.access(options.interrupts, os.R_OK):
         return f"--interrupts {options.interrupts}: there is no such device, or it can't be read"
     return None
@@ -84,11 +84,14 @@ def run(options: Namespace) -> int:
         with closing(RawPartition(options.backend, device)):
             pass
     except (HypervisorUnavailableError, OSError) as error:
-        sys.stderr.write(f"no partition of {options.backend}: {device}: {error}\n")
+        print(
+            f"no partition of {options.backend}: {device}: {error}; `mshv-irqfd doctor` tells what to do",
+            file=sys.stderr,
+        )
         return 2
     chosen = [row for row in rows.ROWS if options.only in row.done]
     if not chosen:
-        sys.stderr.write(f"no row has {options.only!r} in its first line\n")
+        print(f"no row has {options.only!r} in its first line", file=sys.stderr)
         return 2
     findings: list[Finding] = []
     try:
@@ -114,5 +117,5 @@ def run(options: Namespace) -> int:
     else:
         show(findings, options.backend)
     if ended == progress.INTERRUPTED:
-        sys.stderr.write(f"interrupted after {len(findings)} rows\n")
+        print(f"interrupted after {len(findings)} rows", file=sys.stderr)
     return ended
