@@ -12,10 +12,11 @@ from mshv_irqfd.errors import HypervisorUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from os import PathLike
+    from typing import Self
 
     from mshv_irqfd._core import HasFileno
     from mshv_irqfd._interrupts import Expected
-    from mshv_irqfd.values import Interrupt
+    from mshv_irqfd.values import Interrupt, SimulatedCall
 
 DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs, above the 24 that are IOAPIC pins by convention."""
@@ -26,10 +27,19 @@ class _Closable(Protocol):
     def _abandon(self) -> None: ...
 
 
-class _Finalized:
-    """Warns when an open object is collected, and closes it, as files do."""
+class _Handle:
+    """Closes at the end of a `with` block, and when an open object is collected, with a warning, as files do.
+
+    In a forked child, where `close()` would raise, both close the descriptors alone.
+    """
 
     __slots__ = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self: _Closable, *_exception: object) -> None:
+        self._abandon()
 
     def __del__(self: _Closable, warn: Callable[..., None] = warnings.warn) -> None:
         if self._is_left_open():
@@ -40,32 +50,32 @@ class _Finalized:
                 self._abandon()
 
 
-class EventFd(_core.EventFd, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class EventFd(_core.EventFd, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.EventFd.__doc__
     __slots__ = ()
 
 
-class IoEventFd(_core.IoEventFd, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class IoEventFd(_core.IoEventFd, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IoEventFd.__doc__
     __slots__ = ()
 
 
-class IrqFdRoute(_core.IrqFdRoute, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class IrqFdRoute(_core.IrqFdRoute, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IrqFdRoute.__doc__
     __slots__ = ()
 
 
-class MsixTable(_core.MsixTable, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class MsixTable(_core.MsixTable, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.MsixTable.__doc__
     __slots__ = ()
 
 
-class MsiCapability(_core.MsiCapability, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class MsiCapability(_core.MsiCapability, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.MsiCapability.__doc__
     __slots__ = ()
 
 
-class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class Partition(_core.Partition, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()
 
@@ -268,14 +278,7 @@ class SimulatedPartition(Partition):
 
     def fail(
         self,
-        call: Literal[
-            "set_msi_routing",
-            "assign_irqfd",
-            "deassign_irqfd",
-            "assign_ioeventfd",
-            "deassign_ioeventfd",
-            "signal_msi",
-        ],
+        call: SimulatedCall,
         errno: int,
         *,
         after: int = 0,
@@ -284,7 +287,7 @@ class SimulatedPartition(Partition):
         """Makes calls into the simulated kernel fail.
 
         Args:
-            call: the call to fail.
+            call: the call to fail; `testing.SimulatedCall` lists them.
             errno: the error number, from the `errno` module.
             after: how many calls succeed first.
             times: how many calls fail then.

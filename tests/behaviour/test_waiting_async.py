@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import uvloop
 from mshv_irqfd import ClosedError, EventFd, IoEventFd, IoEventFdError, IrqFdError, MsixTable
-from support import PATIENCE, in_child, msi, open_files, refusal, run_python, until
+from mshv_irqfd.testing import patience, until
+from support import in_child, msi, open_files, refusal, run_python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
     def run_one(main: Coroutine[Any, Any, T]) -> T:
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
-            return runner.run(asyncio.wait_for(main, PATIENCE))
+            return runner.run(asyncio.wait_for(main, patience()))
 
     return run_one
 
@@ -483,14 +484,14 @@ def test_loops_of_several_threads_share_the_signals(guest: Guest, kind: str, run
 
         async def main() -> None:
             signals = aiter(source)
-            begun.wait(PATIENCE)
+            begun.wait(patience())
             async for count in signals:
                 taken[threading.get_ident()] += count
 
         threads = [threading.Thread(target=run, args=(main(),)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        begun.wait(PATIENCE)
+        begun.wait(patience())
         for number in range(1, 201):
             source.signal()
             if number % 50 == 0:
@@ -549,6 +550,43 @@ def test_a_forked_child_waits_on_the_same_counter_and_disturbs_no_wait_of_its_pa
         event.signal()
         doorbell.signal()
         assert loop.run_until_complete(asyncio.gather(*tasks)) == [1, 1]
+        loop.close()
+
+
+@pytest.mark.parametrize("how", ["closed", "collected"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_forked_child_that_drops_its_copies_of_waiting_tasks_ends_no_wait_of_its_parent(
+    guest: Guest, new_loop: NewLoop, how: str
+) -> None:
+    """A forked child's copy of a loop has the epoll set of its parent's loop."""
+    route = guest.partition.new_irqfd_route()
+    with EventFd() as event, guest.partition.ioeventfd(ADDRESS, 4) as doorbell, route:
+        loop = new_loop()
+        # It logs each pending task that is destroyed.
+        loop.set_exception_handler(lambda _loop, _context: None)
+        waits: list[Any] = [event.wait(), doorbell.wait(), route.wait_pending()]
+        held: list[Any] = [*map(loop.create_task, waits), loop]
+        loop.run_until_complete(asyncio.sleep(0.001))
+        before = loops_descriptors()
+        del loop
+
+        def child() -> None:
+            if how == "closed":
+                for wait in waits:
+                    wait.close()
+            waits.clear()
+            held.clear()
+            gc.collect()
+
+        in_child(child)
+        *tasks, loop = held
+        # When it collects the loop, asyncio itself takes out the descriptor that wakes the loop from other threads.
+        own = int(how == "collected" and isinstance(loop, asyncio.SelectorEventLoop))
+        assert len(loops_descriptors()) >= len(before) - own
+        for source in (event, doorbell, route):
+            source.signal()
+        ended = loop.run_until_complete(asyncio.wait(tasks, timeout=patience()))
+        assert [len(some) for some in ended] == [3, 0]
         loop.close()
 
 

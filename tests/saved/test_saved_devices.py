@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from backends import Guest
 from driver import DATA, ENABLE, FUNCTION_MASK, Driver
+from modes import options
 from mshv_irqfd import (
     ClosedError,
     ForkedError,
@@ -24,7 +25,10 @@ from states import State, carried, gsis, kept
 from support import counting, in_child, msi, rare, refusal
 
 if TYPE_CHECKING:
-    from faults import Call, Faults
+    from backends import Backend
+    from faults import Faults
+    from modes import Mode
+    from mshv_irqfd.testing import SimulatedCall
 
 Open = Callable[..., Guest]
 
@@ -264,7 +268,7 @@ def test_a_broken_vector_can_not_be_saved(guest: Guest, faults: Faults) -> None:
 
 @pytest.mark.parametrize("call", ["set_msi_routing", "assign_irqfd", "deassign_irqfd"])
 def test_if_any_call_fails_no_device_is_made_and_a_second_try_succeeds(
-    open_guest: Open, faults: Faults, call: Call
+    open_guest: Open, faults: Faults, call: SimulatedCall
 ) -> None:
     old, guest = open_guest(), open_guest()
     partition = guest.partition
@@ -425,3 +429,20 @@ def test_msi_vectors_that_the_guest_has_masked_stay_so(capability: MsiCapability
     guest.receives_nothing()
     configure(new, (16, 4, 0b1110))
     guest.receives(msi(0x40))
+
+
+@pytest.mark.parametrize(("mode", "pushes"), [("loaded", 1), ("unloaded", 4)])
+def test_restoring_several_devices_is_a_push_each_or_one_in_all_if_their_messages_are_likely(
+    backend: Backend, open_guest: Open, mode: Mode, pushes: int
+) -> None:
+    old, new = (open_guest(**options(backend, mode)) for _ in range(2))
+    states = []
+    for number in range(4):
+        driver = Driver(old, 4)
+        kept(old, driver.table)
+        driver.bring_up(*(msi(0x40 + 4 * number + vector) for vector in range(4)))
+        states.append(carried(driver.table.save()))
+    for state in states:
+        kept(new, MsixTable.restore(new.partition, state))
+    stats = new.partition.stats()
+    assert (stats.pushes, stats.arms - stats.disarms) == (pushes, 16)
