@@ -18,18 +18,22 @@ import backends
 import faults as faults_
 import modes
 import pytest
-from backends import Backend, Guest, KvmGuest, SimulatedGuest, Telling
+from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from faults import Faults
-from mshv_irqfd import KvmPartition, Partition, SimulatedPartition, open_partition
+from mshv_irqfd import KvmPartition, SimulatedPartition, open_partition
+from mshv_irqfd.testing import until
 from needs import need, need_faults
 from raw_kvm import KvmVm
-from support import collect, native_threads, open_files, until
+from support import collect, native_threads, open_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
 T = TypeVar("T")
+
+# Far more than a loaded machine needs. tools/break_rules.py sets less, because there it does not happen.
+os.environ.setdefault("MSHV_IRQFD_PATIENCE", "60")
 
 # Test runs within tests, for the plugin.
 pytest_plugins = ["pytester"]
@@ -62,7 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """For tools/error_messages.py, which looks for a message that no test meets."""
+    """Tells child processes and `need()` of the chosen backends, and tools/error_messages.py of each message caught."""
+    if chosen := config.getoption("irqfd_backend"):
+        os.environ["MSHV_IRQFD_BACKENDS"] = ",".join(chosen)
     if name := config.getoption("--messages"):
         leave, caught = pytest.RaisesExc.__exit__, set[str]()
 
@@ -120,11 +126,11 @@ def for_each_thread(
         yield make
 
 
-@pytest.fixture(params=backends.selected())
-def backend(request: pytest.FixtureRequest, _nothing_left_behind: None) -> Backend:
+@pytest.fixture
+def backend(irqfd_backend: str, _nothing_left_behind: None) -> Backend:
     """Each hypervisor in turn."""
-    need(request.param)
-    return Backend(request.param)
+    need(irqfd_backend)
+    return Backend(irqfd_backend)
 
 
 @pytest.fixture
@@ -205,21 +211,6 @@ def kvm(for_each_thread: Callable[..., KvmGuest]) -> KvmGuest:
         return KvmGuest(partition)
 
     return for_each_thread(open_one, KvmGuest.close)
-
-
-@pytest.fixture
-def partition(backend: Backend, for_each_thread: Callable[..., Any]) -> Telling:
-    """A partition that tells what arrives: no guest runs and takes it."""
-    if backend.name == "mshv":
-        pytest.skip("the mshv driver does not tell which interrupts arrive")
-    return cast("Telling", for_each_thread(backend.open, Partition.close))
-
-
-@pytest.fixture
-def kvm_partition(for_each_thread: Callable[..., KvmPartition]) -> KvmPartition:
-    """A partition of KVM in which no guest runs."""
-    need("kvm")
-    return for_each_thread(partial(open_partition, "kvm"), Partition.close)
 
 
 @pytest.fixture

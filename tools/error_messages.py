@@ -50,10 +50,11 @@ ELSEWHERE = {
         "waiting to be re-armed",
     ),
     "… of … faults of … met no call": ("behaviour/test_testing.py", "met no call"),
-    "… does not tell which": ("behaviour/test_testing.py", "does not tell which"),
+    "… overlaps spare range": ("../src/irqfd/tests/loading.rs", "overlaps spare range"),
+    "… does not report which": ("behaviour/test_testing.py", "does not report which"),
 }
 """Messages, by their beginnings, that tests meet otherwise than by `pytest.raises`: in a child, in `faults()`, in
-pytest's own output. Each with a file of tests, and words in it."""
+pytest's own output, in Rust. Each with a file of tests, and words in it."""
 WORDS = 4
 
 TOKEN = re.compile(r'//[^\n]*|r(#+)".*?"\1|"((?:[^"\\]|\\.)*)"|\'(?:[^\'\\]|\\.)\'', re.DOTALL)

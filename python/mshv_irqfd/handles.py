@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mshv_irqfd._core import HasFileno
     from mshv_irqfd._interrupts import Expected
-    from mshv_irqfd.values import Interrupt
+    from mshv_irqfd.values import Interrupt, SimulatedCall
 
 DEFAULT_GSIS = range(24, 2072)
 """2048 GSIs, above the 24 that are IOAPIC pins by convention."""
@@ -278,14 +278,7 @@ class SimulatedPartition(Partition):
 
     def fail(
         self,
-        call: Literal[
-            "set_msi_routing",
-            "assign_irqfd",
-            "deassign_irqfd",
-            "assign_ioeventfd",
-            "deassign_ioeventfd",
-            "signal_msi",
-        ],
+        call: SimulatedCall,
         errno: int,
         *,
         after: int = 0,
@@ -294,7 +287,7 @@ class SimulatedPartition(Partition):
         """Makes calls into the simulated kernel fail.
 
         Args:
-            call: the call to fail.
+            call: the call to fail; `testing.SimulatedCall` lists them.
             errno: the error number, from the `errno` module.
             after: how many calls succeed first.
             times: how many calls fail then.

@@ -1,9 +1,17 @@
-"""Values that describe states and events: enumerations and named tuples."""
+"""Values that describe states and events: enumerations, named tuples, and the names of calls."""
 
 from __future__ import annotations
 
 from enum import Enum, IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+
+# stubtest takes a Literal of several for a union, and compares it with what it finds: so it is one.
+SimulatedCall: TypeAlias = (
+    Literal["set_msi_routing", "assign_irqfd", "deassign_irqfd"]  # noqa: PYI030
+    | Literal["assign_ioeventfd", "deassign_ioeventfd", "signal_msi"]
+)
+"""A call into the simulated kernel that can be made to fail: a push; arming and disarming a route; making and closing a
+doorbell; one MSI without a route."""
 
 
 class GsiState(Enum):

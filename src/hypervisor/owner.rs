@@ -60,6 +60,11 @@ impl Owner {
         }
     }
 
+    /// Its number, which no other process in this line of forks has.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
     /// Whether the calling process is this owner. One load: no system call, no lock.
     pub fn is_current(self) -> bool {
         page().is_ok_and(|page| page.load(Ordering::Acquire) == self.0)

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::{Error, Result};
 
@@ -23,10 +23,7 @@ pub trait SavedState: Serialize + DeserializeOwned {
         serde_json::to_string(&tagged).map_err(|error| Error::Invalid(error.to_string()))
     }
 
-    fn from_json(state: Value) -> Result<Self> {
-        let Value::Object(mut fields) = state else {
-            return Err(Error::Invalid(format!("the state is {state}; give a dict, as save() returns it")));
-        };
+    fn from_json(mut fields: Map<String, Value>) -> Result<Self> {
         let mut tag = |key: &str| {
             let missing = || Error::Invalid(format!("the state has no key {key:?}; save() writes it"));
             fields.remove(key).ok_or_else(missing)

@@ -16,13 +16,29 @@ pub(super) fn to_dict(py: Python<'_>, state: String) -> PyResult<Bound<'_, PyAny
 }
 
 pub(super) fn from_dict<T: SavedState>(state: &Bound<'_, PyAny>) -> PyResult<T> {
-    if !state.is_instance_of::<PyDict>() {
+    let Ok(items) = state.cast::<PyDict>() else {
         return Err(PyTypeError::new_err(format!(
             "state must be a dict, as save() returns it, not {}",
             shown(state)
         )));
+    };
+    Ok(T::from_json(fields(items, "", DEPTH)?)?)
+}
+
+/// The values of a dict, by key.
+fn fields(dict: &Bound<'_, PyDict>, path: &str, depth: usize) -> PyResult<Map<String, Value>> {
+    let mut fields = Map::new();
+    // A copy: what runs below may change the dict.
+    for item in dict.items() {
+        let (key, item): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item.extract()?;
+        let Ok(key) = key.extract::<String>() else {
+            let at = if path.is_empty() { "the state" } else { path };
+            return Err(PyTypeError::new_err(format!("{at}: key {} is not a str", shown(&key))));
+        };
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        fields.insert(key, value(&item, &path, depth - 1)?);
     }
-    Ok(T::from_json(value(state, "", DEPTH)?)?)
+    Ok(fields)
 }
 
 /// A value that JSON has. `path` is where it is in the state.
@@ -52,18 +68,7 @@ fn value(object: &Bound<'_, PyAny>, path: &str, depth: usize) -> PyResult<Value>
         return Ok(Value::String(text.into()));
     }
     if let Ok(items) = object.cast::<PyDict>() {
-        let mut fields = Map::new();
-        // A copy: what runs below may change the dict.
-        for item in items.items() {
-            let (key, item): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item.extract()?;
-            let Ok(key) = key.extract::<String>() else {
-                let at = if path.is_empty() { "the state" } else { path };
-                return Err(PyTypeError::new_err(format!("{at}: key {} is not a str", shown(&key))));
-            };
-            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-            fields.insert(key, value(&item, &path, depth - 1)?);
-        }
-        return Ok(Value::Object(fields));
+        return Ok(Value::Object(fields(items, path, depth)?));
     }
     if object.is_instance_of::<PyList>() || object.is_instance_of::<PyTuple>() {
         let mut items = Vec::new();

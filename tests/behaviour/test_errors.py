@@ -13,7 +13,7 @@ from mshv_irqfd.testing import failing
 from support import msi
 
 if TYPE_CHECKING:
-    from backends import SimulatedGuest
+    from mshv_irqfd import SimulatedPartition
 
 
 ERRORS = [getattr(mshv_irqfd, name) for name in mshv_irqfd.__all__ if name.endswith("Error")]
@@ -30,10 +30,10 @@ def test_errors_are_also_the_built_in_errors_that_fit() -> None:
         assert issubclass(error, OSError)
 
 
-def test_a_failed_push_names_the_call_the_errno_and_a_hint(simulated: SimulatedGuest) -> None:
+def test_a_failed_push_names_the_call_the_errno_and_a_hint(simulated_partition: SimulatedPartition) -> None:
     with (
-        simulated.partition.new_irqfd_route() as route,
-        failing(simulated.partition, "set_msi_routing", errno.ENOMEM),
+        simulated_partition.new_irqfd_route() as route,
+        failing(simulated_partition, "set_msi_routing", errno.ENOMEM),
         pytest.raises(RoutingError, match=r"MSHV_SET_MSI_ROUTING.*out of memory") as failed,
     ):
         route.set_msi(msi(0x41))
@@ -43,10 +43,10 @@ def test_a_failed_push_names_the_call_the_errno_and_a_hint(simulated: SimulatedG
     assert "MSHV_SET_MSI_ROUTING" in error.ioctl
 
 
-def test_a_failed_arming_names_the_gsi_too(simulated: SimulatedGuest) -> None:
+def test_a_failed_arming_names_the_gsi_too(simulated_partition: SimulatedPartition) -> None:
     with (
-        simulated.partition.new_irqfd_route() as route,
-        failing(simulated.partition, "assign_irqfd", errno.EIO),
+        simulated_partition.new_irqfd_route() as route,
+        failing(simulated_partition, "assign_irqfd", errno.EIO),
         pytest.raises(IrqFdError, match=r"GSI 24.*MSHV_IRQFD") as failed,
     ):
         route.set_msi(msi(0x41))
@@ -65,18 +65,20 @@ def test_a_failed_arming_names_the_gsi_too(simulated: SimulatedGuest) -> None:
         (errno.EBADF, "closed"),
     ],
 )
-def test_an_error_with_a_known_cause_has_a_hint(simulated: SimulatedGuest, number: int, words: str) -> None:
-    with simulated.partition.new_irqfd_route() as route:
-        with failing(simulated.partition, "assign_irqfd", number), pytest.raises(IrqFdError, match=words) as failed:
+def test_an_error_with_a_known_cause_has_a_hint(
+    simulated_partition: SimulatedPartition, number: int, words: str
+) -> None:
+    with simulated_partition.new_irqfd_route() as route:
+        with failing(simulated_partition, "assign_irqfd", number), pytest.raises(IrqFdError, match=words) as failed:
             route.set_msi(msi(0x41))
         assert failed.value.hint is not None
         assert words in failed.value.hint
 
 
-def test_an_error_survives_pickling(simulated: SimulatedGuest) -> None:
+def test_an_error_survives_pickling(simulated_partition: SimulatedPartition) -> None:
     with (
-        simulated.partition.new_irqfd_route() as route,
-        failing(simulated.partition, "assign_irqfd", errno.EBUSY),
+        simulated_partition.new_irqfd_route() as route,
+        failing(simulated_partition, "assign_irqfd", errno.EBUSY),
         pytest.raises(IrqFdError) as failed,
     ):
         route.set_msi(msi(0x41))
@@ -87,10 +89,12 @@ def test_an_error_survives_pickling(simulated: SimulatedGuest) -> None:
     assert str(again) == str(error)
 
 
-def test_failures_are_counted(simulated: SimulatedGuest) -> None:
-    partition = simulated.partition
-    with partition.new_irqfd_route() as route, failing(partition, "assign_irqfd", errno.EIO, times=2):
+def test_failures_are_counted(simulated_partition: SimulatedPartition) -> None:
+    with (
+        simulated_partition.new_irqfd_route() as route,
+        failing(simulated_partition, "assign_irqfd", errno.EIO, times=2),
+    ):
         for failures in (1, 2):
             with pytest.raises(IrqFdError):
                 route.set_msi(msi(0x41))
-            assert partition.stats().failures == failures
+            assert simulated_partition.stats().failures == failures

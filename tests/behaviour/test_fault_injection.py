@@ -11,8 +11,9 @@ from mshv_irqfd import IrqFdError
 from support import msi
 
 if TYPE_CHECKING:
-    from backends import Guest, SimulatedGuest
+    from backends import Guest
     from faults import Faults
+    from mshv_irqfd import SimulatedPartition
 
 
 def test_a_fault_is_injected_by_call_errno_and_number(guest: Guest, faults: Faults) -> None:
@@ -32,8 +33,10 @@ def test_a_fault_is_injected_by_call_errno_and_number(guest: Guest, faults: Faul
     ("call", "number", "error"),
     [("open", errno.EIO, ValueError), ("assign_irqfd", 0, ValueError), ("assign_irqfd", "EIO", TypeError)],
 )
-def test_an_invalid_fault_is_refused(simulated: SimulatedGuest, call: Any, number: Any, error: type[Exception]) -> None:
+def test_an_invalid_fault_is_refused(
+    simulated_partition: SimulatedPartition, call: Any, number: Any, error: type[Exception]
+) -> None:
     with pytest.raises(error):
-        simulated.partition.fail(call, number)
+        simulated_partition.fail(call, number)
     with pytest.raises(OverflowError):
-        simulated.partition.fail("assign_irqfd", errno.EIO, after=-1)
+        simulated_partition.fail("assign_irqfd", errno.EIO, after=-1)

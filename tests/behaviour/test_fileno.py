@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from mshv_irqfd import ClosedError, EventFd
-from support import PATIENCE, msi
+from mshv_irqfd.testing import patience
+from support import msi
 
 if TYPE_CHECKING:
     from backends import Backend, Guest
@@ -45,7 +46,7 @@ def test_selectors_wait_for_routes_that_are_not_armed(guest: Guest) -> None:
             selector.register(route, selectors.EVENT_READ, route)
         assert selector.select(0) == []
         second.signal()
-        [(key, _)] = selector.select(PATIENCE)
+        [(key, _)] = selector.select(patience())
         assert key.data is second
         assert second.consume_pending()
         assert selector.select(0) == []
@@ -61,9 +62,9 @@ def test_asyncio_reads_what_is_pending(guest: Guest) -> None:
             loop.add_reader(route, lambda: found.put_nowait(route.consume_pending()))
             loop.add_reader(own, lambda: found.put_nowait(own.consume()))
             route.signal()
-            first = await asyncio.wait_for(found.get(), PATIENCE)
+            first = await asyncio.wait_for(found.get(), patience())
             own.signal(3)
-            second = await asyncio.wait_for(found.get(), PATIENCE)
+            second = await asyncio.wait_for(found.get(), patience())
             loop.remove_reader(route)
             loop.remove_reader(own)
             return [first, second]

@@ -19,8 +19,9 @@ from support import collect, counting, msi, rare
 
 if TYPE_CHECKING:
     from backends import Guest
-    from faults import Call, Faults
+    from faults import Faults
     from mshv_irqfd import IoEventFd, IrqFdRoute
+    from mshv_irqfd.testing import SimulatedCall
 
 NAME = "mshv_irqfd"
 ADDRESS = 0xD0000000
@@ -240,7 +241,7 @@ def test_an_operation_logs_its_calls_before_it_returns(
     guest.partition.log_calls = False
 
 
-REFUSED: dict[str, tuple[Callable[[Scene], Act], Call]] = {
+REFUSED: dict[str, tuple[Callable[[Scene], Act], SimulatedCall]] = {
     "set_msi": (lambda scene: partial(scene.route(armed=False).set_msi, msi(0x41)), "assign_irqfd"),
     "the close of a route": (lambda scene: scene.route().close, "deassign_irqfd"),
     "the finalizer of a route": (lambda scene: collected(scene, scene.route), "deassign_irqfd"),

@@ -511,7 +511,7 @@ def test_every_signal_is_followed_by_an_interrupt_while_eventfds_come_and_go(gue
             for _ in range(300):
                 route.signal()
                 guest.gets(msi(0x41), once=False)
-                while guest.poll():
+                while guest.take_interrupts():
                     pass
         finally:
             stop.set()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import uvloop
 from mshv_irqfd import ClosedError, EventFd, IoEventFd, IoEventFdError, IrqFdError, MsixTable
-from support import PATIENCE, in_child, msi, open_files, refusal, run_python, until
+from mshv_irqfd.testing import patience, until
+from support import in_child, msi, open_files, refusal, run_python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
     def run_one(main: Coroutine[Any, Any, T]) -> T:
         with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
-            return runner.run(asyncio.wait_for(main, PATIENCE))
+            return runner.run(asyncio.wait_for(main, patience()))
 
     return run_one
 
@@ -483,14 +484,14 @@ def test_loops_of_several_threads_share_the_signals(guest: Guest, kind: str, run
 
         async def main() -> None:
             signals = aiter(source)
-            begun.wait(PATIENCE)
+            begun.wait(patience())
             async for count in signals:
                 taken[threading.get_ident()] += count
 
         threads = [threading.Thread(target=run, args=(main(),)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        begun.wait(PATIENCE)
+        begun.wait(patience())
         for number in range(1, 201):
             source.signal()
             if number % 50 == 0:
@@ -584,7 +585,7 @@ def test_a_forked_child_that_drops_its_copies_of_waiting_tasks_ends_no_wait_of_i
         assert len(loops_descriptors()) >= len(before) - own
         for source in (event, doorbell, route):
             source.signal()
-        ended = loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
+        ended = loop.run_until_complete(asyncio.wait(tasks, timeout=patience()))
         assert [len(some) for some in ended] == [3, 0]
         loop.close()
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 from ivshmem import MAILBOX, PROGRAM, SHARED, Ivshmem
 from mshv_irqfd import EventFd
+from mshv_irqfd.testing import until
 from needs import need_program
-from support import msi, until
+from support import msi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

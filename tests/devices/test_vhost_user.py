@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import pytest
 from disk_driver import DOORBELL, SECTORS, DiskDriver
 from mshv_irqfd import EventFd, MsixTable
+from mshv_irqfd.testing import until
 from needs import need_program
-from support import msi, unique, until
+from support import msi, unique
 from vhost_user_blk.daemon import PROGRAM, StorageDaemon
 from vhost_user_blk.disk import SECTOR, Kind
 from vhost_user_blk.front_end import BackEndError, FrontEnd

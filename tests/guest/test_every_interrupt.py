@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from modes import Mode, modes
-from support import MANY, counting, msi, until
+from mshv_irqfd.testing import until
+from support import MANY, counting, msi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -170,7 +171,7 @@ class Scene:
         self.figures.signals += len(some)
 
         def all_came() -> bool:
-            self.account(self.guest.poll())
+            self.account(self.guest.take_interrupts())
             return not any(one.due for one in some)
 
         until(all_came, f"every signal arrives: {self.figures}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import struct
 from abc import ABC, abstractmethod
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from mshv_irqfd import (
     testing,
 )
 from mshv_irqfd._guest import FENCE, CountingGuest, GuestOfPartition
-from support import PATIENCE, until
+from mshv_irqfd.testing import expect, expect_nothing, patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,28 +29,9 @@ if TYPE_CHECKING:
 Telling = SimulatedPartition | KvmPartition
 """A partition that tells what arrives, if no guest takes it."""
 
-NAMES = ("simulated", "kvm", "mshv")
-
-SELECTION = "MSHV_IRQFD_BACKENDS"
-"""The environment variable that lists the backends to run on, with commas between. A listed one is never skipped."""
-
 KVM_IRQFD = 0x4020AE76
 KVM_IRQFD_FLAG_DEASSIGN = 1
 BROADCAST = 0xFF
-
-
-def selected() -> tuple[str, ...]:
-    """The backends to run on."""
-    names = tuple(name.strip() for name in os.environ.get(SELECTION, "").split(",") if name.strip())
-    unknown = set(names) - set(NAMES)
-    if unknown:
-        raise ValueError(f"{SELECTION} names {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    return names or NAMES
-
-
-def required(name: str) -> bool:
-    """Whether a backend was asked for by name."""
-    return bool(os.environ.get(SELECTION)) and name in selected()
 
 
 def unavailable(name: str) -> str | None:
@@ -63,7 +42,7 @@ def unavailable(name: str) -> str | None:
 
 
 class Guest(ABC):
-    """A partition, and the interrupts that arrive in it. Each is compared in all the fields that its backend knows."""
+    """A partition, and the interrupts that arrive in it, for `expect()`. Each has all fields that its backend knows."""
 
     counted = True
     """Whether interrupts are counted. Otherwise only the set of vectors is known."""
@@ -74,15 +53,14 @@ class Guest(ABC):
         self.partition = partition
 
     @abstractmethod
-    def arrived(self) -> list[Interrupt]:
-        """Takes all interrupts so far, behind a fence: those of every signal and arming before the call are among them.
+    def take_interrupts(self) -> list[Interrupt]:
+        """Takes the interrupts so far, without a fence. For use while other threads change the partition."""
+
+    def settle(self) -> None:  # noqa: B027 - the mshv driver delivers before a write or an ioctl returns
+        """The fence: the interrupts of every signal and arming before this call are among those to take.
 
         Nothing else may use the partition meanwhile.
         """
-
-    def poll(self) -> list[Interrupt]:
-        """Takes the interrupts so far, without the fence. For use while other threads change the partition."""
-        return self.arrived()
 
     @abstractmethod
     def writes(self, address: int, data: bytes) -> bool:
@@ -104,45 +82,41 @@ class Guest(ABC):
     def stop(self) -> None:  # noqa: B027 - on other backends than KVM none run
         """Stops the guest's VPs, if they run. They run again as soon as anyone asks what arrived."""
 
+    def arrived(self) -> list[Interrupt]:
+        """Takes all interrupts so far, behind the fence."""
+        self.settle()
+        return self.take_interrupts()
+
     def receives(self, *expected: MsiRoute) -> None:
         """Asserts that exactly these interrupts have arrived since the last call.
 
         Where interrupts merge, one of several equal ones is enough: ask in between if each must arrive.
         """
-        self._agrees(self.arrived(), *expected)
-
-    def _agrees(self, arrived: list[Interrupt], *expected: MsiRoute) -> None:
-        told, wanted = self._told(arrived), self._told(one for msi in expected for one in self.seen(msi))
-        if self.merges:
-            for one in told.keys() & wanted.keys():
-                wanted[one] = min(wanted[one], told[one])
-        assert told == wanted, f"arrived: {dict(told)}; expected: {dict(wanted)}"
+        # The fence lets new VPs run, and `seen` must know of them.
+        self.settle()
+        self._expect([one for msi in expected for one in self.seen(msi)], timeout=0)
 
     def gets(self, expected: MsiRoute, *, once: bool = True) -> None:
         """Waits for this interrupt, and asserts that no other comes with it. Does not touch armed irqfds.
 
         Pass `once=False` if the signal may overlap an arming, and so may be delivered twice.
         """
-        arrived: list[Interrupt] = []
-
-        def some() -> bool:
-            arrived.extend(self.poll())
-            return arrived != []
-
-        until(some, f"{expected} arrived")
-        if once:
-            self._agrees(arrived, expected)
-        else:
-            assert set(self._told(arrived)) == set(self.seen(expected))
+        self._expect(self.seen(expected) * (1 if once else 2), merged=not once)
 
     def receives_nothing(self) -> None:
         """Asserts that no interrupt has arrived since the last call."""
         self.receives()
 
-    def _told(self, interrupts: Iterable[Interrupt]) -> Counter[Interrupt]:
-        if self.counted:
-            return Counter(interrupts)
-        return Counter({Interrupt(interrupt.vector) for interrupt in interrupts})
+    def _expect(self, expected: list[Interrupt], *, merged: bool = False, timeout: float | None = None) -> None:
+        told = Told(self)
+        if expected:
+            expect(told, expected, timeout=timeout, merged=merged or self.merges or not self.counted)
+        else:
+            expect_nothing(told)
+
+    def told(self, interrupts: list[Interrupt]) -> list[Interrupt]:
+        """Interrupts as far as the guest tells them apart."""
+        return interrupts if self.counted else list(dict.fromkeys(Interrupt(one.vector) for one in interrupts))
 
     def close(self) -> None:
         """Closes the routes, which flushes interrupts in flight, and asserts that no unexpected one arrived."""
@@ -156,11 +130,26 @@ class Guest(ABC):
             self.stop()
 
 
+class Told:
+    """A guest's interrupts so far, as far as it tells them apart, for `expect()`. Its fence is its users' business."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def settle(self) -> None:
+        pass
+
+    def take_interrupts(self) -> list[Interrupt]:
+        return self._guest.told(self._guest.take_interrupts())
+
+
 class SimulatedGuest(Guest):
     partition: SimulatedPartition
 
-    def arrived(self) -> list[Interrupt]:
+    def settle(self) -> None:
         self.partition.settle()
+
+    def take_interrupts(self) -> list[Interrupt]:
         return self.partition.take_interrupts()
 
     def writes(self, address: int, data: bytes) -> bool:
@@ -190,7 +179,7 @@ class KvmGuest(Guest):
         return self._running
 
     def _run(self) -> CountingGuest:
-        return GuestOfPartition(self.partition, patience=PATIENCE)
+        return GuestOfPartition(self.partition, patience=patience())
 
     def stop(self) -> None:
         if self._running is not None:
@@ -200,7 +189,7 @@ class KvmGuest(Guest):
     def writes(self, address: int, data: bytes) -> bool:
         return self.running().write(address, data)
 
-    def arrived(self) -> list[Interrupt]:
+    def settle(self) -> None:
         vm = self.partition.fileno()
         for route in self.partition.routes:
             if route.armed:
@@ -210,9 +199,8 @@ class KvmGuest(Guest):
         if isinstance(running, GuestOfPartition):
             running.add_new_vps()
         running.fence()
-        return self.poll()
 
-    def poll(self) -> list[Interrupt]:
+    def take_interrupts(self) -> list[Interrupt]:
         return [Interrupt(vector, vp) for vector, vp in self.running().take().elements()]
 
     def seen(self, msi: MsiRoute) -> list[Interrupt]:
@@ -251,7 +239,7 @@ class MshvGuest(Guest):
         self.root = self.stub.scheduler == hvstub.Scheduler.ROOT
         self.counted = not self.root
 
-    def arrived(self) -> list[Interrupt]:
+    def take_interrupts(self) -> list[Interrupt]:
         for one in self.stub.take():
             interrupt = Interrupt(one.vector, one.destination, DeliveryMode(one.delivery_mode), one.logical, one.level)
             self._taken.setdefault(one.partition_id, []).append(interrupt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from support import until
+from mshv_irqfd.testing import until
 from vhost_user_blk.disk import SECTOR, Disk, Kind
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class DiskDriver:
         arrived: list[Interrupt] = []
 
         def some() -> bool:
-            arrived.extend(self.guest.poll())
+            arrived.extend(self.guest.take_interrupts())
             return arrived != []
 
         until(some, f"an interrupt: {len(self._busy)} of {self.submitted} requests are in flight")

@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from mshv_irqfd import Partition
+    from mshv_irqfd.testing import SimulatedCall
 
 T = TypeVar("T")
 
-Call = Literal[
-    "set_msi_routing", "assign_irqfd", "deassign_irqfd", "assign_ioeventfd", "deassign_ioeventfd", "signal_msi"
-]
-CALLS: tuple[Call, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
+CALLS: tuple[SimulatedCall, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
 """The calls that routes make."""
 
 tried: Counter[tuple[str, str]] = Counter()
@@ -45,7 +43,7 @@ class Faults(ABC):
     """Faults of one backend: calls that fail on demand."""
 
     @abstractmethod
-    def fail(self, partition: Partition, call: Call, number: int, *, after: int = 0, times: int = 1) -> None:
+    def fail(self, partition: Partition, call: SimulatedCall, number: int, *, after: int = 0, times: int = 1) -> None:
         """Makes `times` calls of a kind fail with an errno, after letting `after` of them through.
 
         Faults of one kind are used up in the order in which they are injected.
@@ -75,7 +73,7 @@ class Faults(ABC):
 class SimulatedFaults(Faults):
     """Faults of simulated partitions, which keep them themselves."""
 
-    def fail(self, partition: Partition, call: Call, number: int, *, after: int = 0, times: int = 1) -> None:
+    def fail(self, partition: Partition, call: SimulatedCall, number: int, *, after: int = 0, times: int = 1) -> None:
         assert isinstance(partition, SimulatedPartition)
         partition.fail(call, number, after=after, times=times)
 
@@ -142,16 +140,32 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def _filter_this_thread() -> int:
+def _filter_this_thread(instructions: bytes = FILTER, flags: int = SECCOMP_FILTER_FLAGS) -> int:
     """Stops this thread's ioctls from now on. Returns the descriptor that reports them."""
     libc = ctypes.CDLL(None, use_errno=True)
-    program = _Program(len(FILTER) // 8, FILTER)
+    program = _Program(len(instructions) // 8, instructions)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
-    listener = libc.syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAGS, ctypes.byref(program))
+    listener = libc.syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
     if listener < 0:
-        raise OSError(ctypes.get_errno(), "seccomp(SECCOMP_SET_MODE_FILTER) with a listener")
+        raise OSError(ctypes.get_errno(), f"seccomp(SECCOMP_SET_MODE_FILTER) with flags {flags}")
     return int(listener)
+
+
+SYS_READLINK, SYS_READLINKAT, SYS_EPOLL_CREATE1 = 89, 267, 291
+ERRNO = 0x00050000
+
+
+def without(calls: tuple[int, ...], number: int, function: Callable[[], T]) -> T:
+    """Runs a function in a thread whose system calls of these numbers fail with an errno."""
+    program = [(LOAD, 0, 0, 0)]
+    for call in calls:
+        program += [(IF_EQUAL, 0, 1, call), (RETURN, 0, 0, ERRNO | number)]
+    program.append((RETURN, 0, 0, ALLOW))
+    instructions = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    with ThreadPoolExecutor(1, "refused") as pool:
+        pool.submit(_filter_this_thread, instructions, 0).result()
+        return pool.submit(function).result()
 
 
 @dataclass
@@ -179,7 +193,7 @@ class KernelFaults(Faults):
     def fail(
         self,
         partition: Partition | None,  # noqa: ARG002 - whichever is in use
-        call: Call | Literal["create_vp", "ioctl"],
+        call: SimulatedCall | Literal["create_vp", "ioctl"],
         number: int,
         *,
         after: int = 0,

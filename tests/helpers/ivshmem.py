@@ -13,7 +13,7 @@ import struct
 import subprocess
 from typing import TYPE_CHECKING, Self
 
-from support import PATIENCE
+from mshv_irqfd.testing import patience
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Ivshmem:
         os.ftruncate(self.memory, MEMORY_SIZE)
         self._server, qemus = socket.socketpair()
         self._tests, qtest = socket.socketpair()
-        self._tests.settimeout(PATIENCE)
+        self._tests.settimeout(patience())
         self._process = subprocess.Popen(
             [
                 *(program, "-machine", "pc", "-accel", "tcg", "-S", "-nodefaults", "-display", "none"),

@@ -8,6 +8,7 @@ import shutil
 import backends
 import faults as faults_
 import pytest
+from mshv_irqfd import testing
 
 PROGRAMS = {"qemu-storage-daemon": "qemu-system-common", "qemu-system-x86_64": "qemu-system-x86", "ld": "binutils"}
 """The programs that tests run, those at the other end of an eventfd among them, and Debian's packages of them."""
@@ -18,8 +19,8 @@ SELECTION = "MSHV_IRQFD_PROGRAMS"
 
 def need(name: str) -> None:
     """Skips the test if a backend is missing; fails it if the backend was asked for by name."""
-    if name not in backends.selected():
-        pytest.skip(f"{backends.SELECTION} leaves {name} out")
+    if (required := testing.required_backends()) and name not in required:
+        pytest.skip(f"MSHV_IRQFD_BACKENDS leaves {name} out")
     skip_or_fail(name, backends.unavailable(name))
 
 
@@ -56,7 +57,7 @@ def need_program(name: str) -> str:
 
 
 def skip_or_fail(name: str, reason: str | None) -> None:
-    if reason is not None and backends.required(name):
-        pytest.fail(f"{name} was asked for by {backends.SELECTION}: {reason}")
+    if reason is not None and name in testing.required_backends():
+        pytest.fail(f"MSHV_IRQFD_BACKENDS asks for {name}: {reason}")
     if reason is not None:
         pytest.skip(reason)

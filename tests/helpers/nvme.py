@@ -9,7 +9,7 @@ import mmap
 import struct
 from typing import TYPE_CHECKING
 
-from support import until
+from mshv_irqfd.testing import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from backends import Backend, Guest
 from mshv_irqfd import EventFd, IrqFdRoute, Partition
-from support import MANY, changing, fork, msi, refusal, until
+from mshv_irqfd.testing import until
+from support import MANY, changing, fork, msi, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import backends
+from mshv_irqfd import testing
 from needs import PROGRAMS, lacks_program
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
@@ -99,9 +100,9 @@ def lacks(backend: str) -> bool:
     """Whether a backend or program is missing here. Raises if it was asked for by name."""
     if backend in PROGRAMS:
         return lacks_program(backend) is not None
-    reason = backends.unavailable(backend)
-    assert reason is None or not backends.required(backend), reason
-    return reason is not None or backend not in backends.selected()
+    reason, required = backends.unavailable(backend), testing.required_backends()
+    assert reason is None or backend not in required, reason
+    return reason is not None or bool(required and backend not in required)
 
 
 def write(example: Example) -> str | None:

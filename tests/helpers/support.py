@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mshv_irqfd import MsiRoute, PartitionStats, RoutingEntry
+from mshv_irqfd.testing import patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from mshv_irqfd import IrqFdRoute, Partition
 
 T = TypeVar("T")
-
-PATIENCE = float(os.environ.get("MSHV_IRQFD_PATIENCE", "60"))
-"""Seconds to wait for something that must happen: far more than a loaded machine needs. tools/break_rules.py sets less,
-because there it does not happen."""
-
 
 NOTHING = PartitionStats(*[0] * len(PartitionStats._fields))
 """The counts of a partition that has done nothing."""
@@ -51,14 +46,6 @@ def rare(vector: int) -> MsiRoute:
 def unique(number: int) -> MsiRoute:
     """An NMI. It has no vector to vary, so pushes for others load none, and one for it loads none."""
     return MsiRoute(0xFEE00000, 0x400 | number)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Waits until a condition holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out before {what}"
-        time.sleep(0.0005)
 
 
 def open_files() -> list[str]:
@@ -151,7 +138,7 @@ def in_child(function: Callable[[], T]) -> T:
             os._exit(status)
     os.close(write)
     with os.fdopen(read, "rb", buffering=0) as pipe:
-        if not select.select([pipe], [], [], PATIENCE)[0]:
+        if not select.select([pipe], [], [], patience())[0]:
             os.kill(child, signal.SIGKILL)
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
@@ -188,7 +175,7 @@ def recorded() -> Iterator[list[tuple[type[Warning], str]]]:
 def run_python(code: str, *options: str, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Runs code in an interpreter of its own, which the program `under` starts if one is named."""
     return subprocess.run(
-        [*under, sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [*under, sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=patience(), check=False
     )
 
 

@@ -14,10 +14,11 @@ import pytest
 import vfio_passthrough
 from backends import MshvGuest
 from driver import ENABLE, FUNCTION_MASK, Driver
-from mshv_irqfd import Interrupt, open_partition
+from mshv_irqfd import open_partition
+from mshv_irqfd.testing import patience, until
 from needs import need, skip_or_fail
 from nvme import READ, WRITE, Nvme
-from support import PATIENCE, msi, rare, until
+from support import msi, rare
 from vfio_passthrough import EDU, VFIO_PCI, Edu, VfioDevice, find
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def test_no_interrupt_is_lost_or_misled_while_its_route_moves(guest: MshvGuest, 
                 while raised < rounds or turn < moves:
                     raise_and_acknowledge(edu)
                     raised += 1
-                    arrived = list[Interrupt]()
-                    until(lambda got=arrived: got.extend(guest.poll()) or got != [], f"interrupt {raised} arrived")  # type: ignore[misc]
+                    arrived = until(guest.take_interrupts, f"interrupt {raised} arrived")
                     seen.update(interrupt.vector for interrupt in arrived)
             except BaseException as error:
                 errors.append(error)
@@ -158,7 +158,7 @@ def test_a_device_that_is_unbound_while_armed_leaves_the_route_as_it_is(guest: M
         until(lambda: _consumed(request), "VFIO asks for the device")
         assert unbind.is_alive()
         edu.close()
-        unbind.join(PATIENCE)
+        unbind.join(patience())
         assert not unbind.is_alive()
         assert not (vfio_passthrough.DEVICES / edu.address / "driver").exists()
         assert route.armed
@@ -248,7 +248,7 @@ def test_the_example_runs() -> None:
         [sys.executable, vfio_passthrough.__file__, "mshv"],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=patience(),
         check=False,
     )
     assert (example.returncode, example.stderr) == (0, "")

@@ -199,7 +199,7 @@ class Storm:
     def arrived(self) -> Counter[Interrupt]:
         """Takes the interrupts, everything being at rest."""
         if not self.exact:
-            return self.guest._told(self.guest.arrived())
+            return Counter(self.guest.told(self.guest.arrived()))
         # The same as `MshvGuest.arrived`, without an object for each of many equal interrupts.
         assert isinstance(self.guest, MshvGuest)
         records = Counter[tuple[int, ...]]()

@@ -210,7 +210,7 @@ def test_a_walk_under_signals_raises_no_bogus_interrupt(
             signals.more()
             walk.step()
             if guest.counted:
-                received += numbers(guest.poll(), guest, may_tear=may_tear)
+                received += numbers(guest.take_interrupts(), guest, may_tear=may_tear)
     walk.arm_all()
     received += numbers(guest.arrived(), guest, may_tear=may_tear)
     torn = received.pop(TORN, 0)

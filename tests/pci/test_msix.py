@@ -24,14 +24,16 @@ from mshv_irqfd import (
     MsixTable,
     RoutingError,
 )
-from support import close_as_someone_else, collect, counting, in_child, msi, recorded, refusal, still_works, until
+from mshv_irqfd.testing import until
+from support import close_as_someone_else, collect, counting, in_child, msi, recorded, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from backends import Guest, SimulatedGuest
-    from faults import Call, Faults
+    from faults import Faults
     from mshv_irqfd import MsixVector
+    from mshv_irqfd.testing import SimulatedCall
 
     Open = Callable[..., Guest]
 
@@ -394,13 +396,13 @@ def reset(driver: Driver) -> None:
     driver.table.reset()
 
 
-CALLS: tuple[Call, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
+CALLS: tuple[SimulatedCall, ...] = ("set_msi_routing", "assign_irqfd", "deassign_irqfd")
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("act", [bring_up, move_all, move_one, mask_all, mask_one, reset])
 def test_whatever_call_fails_no_access_raises_and_only_faulty_vectors_are_not_as_the_guest_asked(
-    open_guest: Open, faults: Faults, act: Callable[[Driver], None], call: Call
+    open_guest: Open, faults: Faults, act: Callable[[Driver], None], call: SimulatedCall
 ) -> None:
     for after, times in [(0, 1), (1, 1), (2, 1), (5, 1), (0, 2), (3, 2), (0, 1000)]:
         driver = Driver(open_guest(), 6)
@@ -484,7 +486,7 @@ def test_a_vector_that_moves_under_signals_sends_only_whole_messages_and_loses_n
         try:
             for turn in range(200):
                 driver.retarget(0, messages[(turn + 1) % 2])
-                arrived += guest.poll()
+                arrived += guest.take_interrupts()
         finally:
             stop.set()
             thread.join()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from lives import LIVES_LED
-from support import collect, native_threads, open_files, refusal, until
+from mshv_irqfd.testing import until
+from support import collect, native_threads, open_files, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from backends import Backend, Guest, MshvGuest
 from mshv_irqfd import EventFd, ForkedError, IrqFdRoute, Partition
-from support import PATIENCE, an_owner, collect, fork, msi, open_files, recorded, refusal, still_works, until
+from mshv_irqfd.testing import patience, until
+from support import an_owner, collect, fork, msi, open_files, recorded, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.thread_unsafe(reason="a child has one thread, and the h
 def told(backend: Backend, *words: object) -> tuple[list[str], list[str]]:
     """Runs an owner. Returns the lines that it prints, and its errors and warnings."""
     with an_owner(backend, *words) as owner:
-        out, complaints = owner.communicate(timeout=2 * PATIENCE)
+        out, complaints = owner.communicate(timeout=2 * patience())
     assert owner.returncode == 0, complaints
     harmful = re.compile(r"^(\S*Error\b|.*(panicked|unclosed|Exception ignored|Fatal|abort|Warning))")
     return out.splitlines(), [line.partition(":")[0] for line in complaints.splitlines() if harmful.match(line)]
@@ -305,7 +306,7 @@ def test_a_killed_owners_partition_lives_until_the_last_child_that_holds_it_ends
             assert is_taken(event)
         assert held_by_the_hypervisor(guest) != held or not held
         owner.stdin.close()
-        assert select.select([child], [], [], PATIENCE)[0], "the child did not end"
+        assert select.select([child], [], [], patience())[0], "the child did not end"
         os.close(child)
     assert stays(event)
     until(lambda: held_by_the_hypervisor(guest) == held, "the hypervisor frees the partition")

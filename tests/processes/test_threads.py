@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from mshv_irqfd import ClosedError, IrqFdRoute, MshvIrqFdError, MsiRoute, Partition
-from support import msi, still_works, until
+from mshv_irqfd.testing import until
+from support import msi, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable

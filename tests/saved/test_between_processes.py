@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support import PATIENCE
+from mshv_irqfd.testing import patience
 
 if TYPE_CHECKING:
     from backends import Backend
@@ -79,7 +79,7 @@ def run(code: str, backend: Backend, text: str = "") -> str:
         input=text,
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=2 * patience(),
         check=False,
         cwd=HELPERS,
     )

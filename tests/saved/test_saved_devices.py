@@ -26,8 +26,9 @@ from support import counting, in_child, msi, rare, refusal
 
 if TYPE_CHECKING:
     from backends import Backend
-    from faults import Call, Faults
+    from faults import Faults
     from modes import Mode
+    from mshv_irqfd.testing import SimulatedCall
 
 Open = Callable[..., Guest]
 
@@ -267,7 +268,7 @@ def test_a_broken_vector_can_not_be_saved(guest: Guest, faults: Faults) -> None:
 
 @pytest.mark.parametrize("call", ["set_msi_routing", "assign_irqfd", "deassign_irqfd"])
 def test_if_any_call_fails_no_device_is_made_and_a_second_try_succeeds(
-    open_guest: Open, faults: Faults, call: Call
+    open_guest: Open, faults: Faults, call: SimulatedCall
 ) -> None:
     old, guest = open_guest(), open_guest()
     partition = guest.partition

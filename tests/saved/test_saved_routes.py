@@ -29,7 +29,8 @@ from states import State, gsis, kept, new_route, restored
 from support import counting, in_child, msi, rare, refusal, still_works, unique
 
 if TYPE_CHECKING:
-    from faults import Call, Faults
+    from faults import Faults
+    from mshv_irqfd.testing import SimulatedCall
 
 Open = Callable[..., Guest]
 
@@ -431,7 +432,9 @@ def test_a_route_that_saving_could_not_arm_again_waits_for_that_and_is_told(gues
 
 @in_both_modes
 @pytest.mark.parametrize("call", ["set_msi_routing", "assign_irqfd", "deassign_irqfd"])
-def test_if_any_call_fails_no_gsi_is_taken_and_a_second_try_succeeds(guest: Guest, faults: Faults, call: Call) -> None:
+def test_if_any_call_fails_no_gsi_is_taken_and_a_second_try_succeeds(
+    guest: Guest, faults: Faults, call: SimulatedCall
+) -> None:
     partition = guest.partition
     old = new_route(guest)
     old.set_msi(msi(0xE9))

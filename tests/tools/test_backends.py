@@ -10,16 +10,15 @@ import pytest
 
 
 def test_a_backend_asked_for_by_name_may_not_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.SELECTION, "simulated, kvm")
-    assert backends.selected() == ("simulated", "kvm")
-    assert backends.required("kvm")
-    assert not backends.required("mshv")
-    monkeypatch.delenv(backends.SELECTION)
-    assert backends.selected() == backends.NAMES
-    assert not backends.required("kvm")
-    monkeypatch.setenv(backends.SELECTION, "xen")
-    with pytest.raises(ValueError, match="xen"):
-        backends.selected()
+    monkeypatch.setattr(backends, "unavailable", lambda _: "no device")
+    monkeypatch.delenv("MSHV_IRQFD_BACKENDS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no device"):
+        needs.need("kvm")
+    monkeypatch.setenv("MSHV_IRQFD_BACKENDS", "simulated, kvm")
+    with pytest.raises(pytest.fail.Exception, match="MSHV_IRQFD_BACKENDS asks for kvm: no device"):
+        needs.need("kvm")
+    with pytest.raises(pytest.skip.Exception, match="MSHV_IRQFD_BACKENDS leaves mshv out"):
+        needs.need("mshv")
 
 
 def test_a_program_asked_for_by_name_may_not_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

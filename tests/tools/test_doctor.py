@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -139,3 +140,20 @@ def test_the_exit_status_says_whether_a_backend_works(backend: str, capsys: pyte
     assert all(
         check["remedy"] for check in report["checks"] if check["status"] == "missing" and "/" in check["subject"]
     )
+
+
+def test_the_page_describes_every_key_of_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--backend", "simulated", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "command-line.md").read_text()
+    rows = re.findall(r"(?m)^\| (`.*`) \| (.*) \|$", page)
+    told = {name for names, _ in rows for name in re.findall(r"`([^`]+)`", names)}
+    machine = report.pop("machine")
+    assert told == {*report, *(f"machine.{key}" for key in machine)}
+    (about_checks,) = (text for names, text in rows if names == "`checks`")
+    assert all(f"`{key}`" in about_checks for check in report["checks"] for key in check)
+    (about_nodes,) = (text for names, text in rows if names == "`machine.nodes`")
+    assert all(f"`{key}`" in about_nodes for node in machine["nodes"].values() for key in node)
+    assert report["format"] == 1
+    assert set(report["works"]) == {"mshv", "kvm", "simulated"}
+    assert {check["status"] for check in report["checks"]} <= {"ok", "warning", "missing"}

@@ -9,7 +9,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from backends import SELECTION
 from support import run_python
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +37,7 @@ def report() -> str:
     words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--parallel-threads=2"]
     run = subprocess.run(
         [*words, *(str(RULES / test) for test in (SHARED, *(test for test, _ in ALONE)))],
-        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, SELECTION: "simulated"},
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "MSHV_IRQFD_BACKENDS": "simulated"},
     )  # fmt: skip
     return run.stdout
 

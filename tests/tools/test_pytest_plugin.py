@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import pytest_mshv_irqfd
 from mshv_irqfd import testing
 
 if TYPE_CHECKING:
@@ -13,9 +14,13 @@ if TYPE_CHECKING:
 HERE = testing.available_backends()
 
 
+MISSING = [name for name in testing.BACKENDS if name not in HERE]
+
+
 @pytest.fixture
-def outcome(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
+def outcome(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pytest.RunResult]:
     """Runs pytest on a file of tests."""
+    monkeypatch.delenv("MSHV_IRQFD_BACKENDS", raising=False)
 
     def run(tests: str, *options: str) -> pytest.RunResult:
         pytester.makepyfile(tests)
@@ -54,15 +59,91 @@ def test_named_backends_are_the_only_ones(outcome: Callable[..., pytest.RunResul
     result.assert_outcomes(passed=2)
 
 
+needs_a_missing_one = pytest.mark.skipif(not MISSING, reason="this machine has every backend")
+
+
+@needs_a_missing_one
 def test_a_named_backend_that_is_missing_fails_the_test_with_the_remedy(
-    outcome: Callable[..., pytest.RunResult],
+    outcome: Callable[..., pytest.RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = [name for name in testing.BACKENDS if name not in HERE]
-    if not missing:
-        pytest.skip("this machine has every backend")
-    result = outcome(TESTS, f"--irqfd-backend={missing[0]}")
+    result = outcome(TESTS, f"--irqfd-backend={MISSING[0]}")
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines([f"*HypervisorUnavailableError*/dev/{missing[0]}*"])
+    result.stdout.fnmatch_lines([f"--irqfd-backend={MISSING[0]} asks for this backend: */dev/{MISSING[0]}*"])
+    monkeypatch.setenv("MSHV_IRQFD_BACKENDS", MISSING[0])
+    result = outcome(TESTS)
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines([f"MSHV_IRQFD_BACKENDS asks for {MISSING[0]}: */dev/{MISSING[0]}*"])
+
+
+def test_the_environment_names_backends_too_and_the_option_is_stronger(
+    outcome: Callable[..., pytest.RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MSHV_IRQFD_BACKENDS", "simulated")
+    outcome(TESTS).assert_outcomes(passed=2)
+    monkeypatch.setenv("MSHV_IRQFD_BACKENDS", "kvm")
+    outcome(TESTS, "-v", "--irqfd-backend=simulated").assert_outcomes(passed=2)
+    monkeypatch.setenv("MSHV_IRQFD_BACKENDS", "xen")
+    result = outcome(TESTS)
+    assert result.ret != pytest.ExitCode.OK
+    assert "MSHV_IRQFD_BACKENDS names xen; the backends are simulated, kvm, mshv" in result.stdout.str()
+
+
+SETTING = """
+    [pytest]
+    irqfd_backends = simulated {}
+"""
+
+
+@needs_a_missing_one
+def test_where_the_setting_names_a_missing_backend_its_tests_are_skipped_and_say_so(
+    outcome: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    pytester.makeini(SETTING.format(MISSING[0]))
+    result = outcome(TESTS, "-rs")
+    result.assert_outcomes(passed=2, skipped=1)
+    result.stdout.fnmatch_lines([f"SKIPPED*: {MISSING[0]} is missing on this machine: `mshv-irqfd doctor` tells why"])
+
+
+def test_the_option_chooses_among_those_of_the_setting(
+    outcome: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    pytester.makeini(SETTING.format("kvm"))
+    outcome(TESTS, "--irqfd-backend=simulated").assert_outcomes(passed=2)
+    result = outcome(TESTS, "-rs", "--irqfd-backend=mshv")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*: the test is for simulated, kvm, which --irqfd-backend leaves out"])
+
+
+FOR_ONE = """
+    import pytest
+
+    @pytest.mark.irqfd_backends("simulated")
+    def test_one(irqfd_partition):
+        assert irqfd_partition.backend == "simulated"
+"""
+
+
+def test_a_test_may_be_for_some_backends_alone(outcome: Callable[..., pytest.RunResult]) -> None:
+    outcome(FOR_ONE, "--strict-markers").assert_outcomes(passed=1)
+    result = outcome(FOR_ONE, "-rs", "--irqfd-backend=kvm")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*: the test is for simulated, which --irqfd-backend leaves out"])
+
+
+def test_an_unknown_name_of_the_marker_or_the_setting_is_refused(
+    outcome: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
+    result = outcome(FOR_ONE.replace('("simulated")', '("xen")'))
+    assert result.ret != pytest.ExitCode.OK
+    assert "the marker irqfd_backends names 'xen'; the backends are simulated, kvm, mshv" in result.stdout.str()
+    pytester.makeini(SETTING.format("xen"))
+    result = outcome(TESTS)
+    assert result.ret != pytest.ExitCode.OK
+    assert "the setting irqfd_backends names 'xen'; the backends are simulated, kvm, mshv" in result.stdout.str()
+
+
+def test_the_plugin_knows_every_backend_without_importing_the_package() -> None:
+    assert pytest_mshv_irqfd.BACKENDS == testing.BACKENDS
 
 
 def test_an_unknown_backend_is_refused(outcome: Callable[..., pytest.RunResult]) -> None:

@@ -8,7 +8,6 @@ fish    mshv-irqfd completion fish >~/.config/fish/completions/mshv-irqfd.fish
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final
 
@@ -32,5 +31,5 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
 
 def run(options: Namespace) -> int:
     """Prints the script, which `make completions` has made from the command line's options."""
-    sys.stdout.write((files("mshv_irqfd._cli") / "completions" / f"{options.shell}.txt").read_text(encoding="utf-8"))
+    print((files("mshv_irqfd._cli") / "completions" / f"{options.shell}.txt").read_text(encoding="utf-8"), end="")
     return 0

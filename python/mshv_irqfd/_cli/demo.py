@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -52,7 +53,7 @@ def run(options: Namespace) -> int:
     try:
         partition = _open(options.backend)
     except HypervisorUnavailableError as error:
-        print(f"no partition: {error.strerror}")
+        print(f"no partition: {error.strerror}", file=sys.stderr)
         return 2
     try:
         with partition, _run_guest(partition) or nullcontext() as guest:

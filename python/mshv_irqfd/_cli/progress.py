@@ -1,4 +1,4 @@
-"""A line on standard error that tells how far a long command is, where somebody can see it."""
+"""What long commands share: a line on standard error that tells how far they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERRUPTED: Final = 130
 
 def show(text: str) -> None:
     """Replaces the line. Writes nothing where standard error is not a terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         sys.stderr.write(f"{CLEAR}{text[: width - 1]}")
         sys.stderr.flush()

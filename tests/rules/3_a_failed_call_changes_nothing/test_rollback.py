@@ -11,7 +11,7 @@ from itertools import count, cycle, product
 from typing import TYPE_CHECKING
 
 import pytest
-from faults import CALLS, Call, Faults, tried
+from faults import CALLS, Faults, tried
 from modes import in_both_modes
 from mshv_irqfd import (
     ClosedError,
@@ -23,7 +23,8 @@ from mshv_irqfd import (
     RouteBrokenError,
     RoutingError,
 )
-from support import MANY, counting, msi, places, rare, unique, until
+from mshv_irqfd.testing import SimulatedCall, until
+from support import MANY, counting, msi, places, rare, unique
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +88,7 @@ class Setting:
     def partition(self) -> Partition:
         return self.guest.partition
 
-    def fail(self, call: Call, number: int, *, after: int, times: int = 1) -> None:
+    def fail(self, call: SimulatedCall, number: int, *, after: int, times: int = 1) -> None:
         self.faults.fail(self.partition, call, number, after=after, times=times)
 
     def try_to(self, operation: Callable[[Setting], object]) -> RoutingError | IrqFdError | None:
@@ -242,7 +243,7 @@ def check_that_armed_routes_deliver(it: Setting) -> None:
             assert route.consume_pending()
 
 
-def undisturbed(operation: Callable[[Setting], object], it: Setting) -> tuple[dict[Call, int], Intents]:
+def undisturbed(operation: Callable[[Setting], object], it: Setting) -> tuple[dict[SimulatedCall, int], Intents]:
     """The number of calls of each kind that an operation makes without faults, and the state after it."""
     before = it.partition.stats()
     operation(it)
@@ -262,7 +263,7 @@ def test_if_any_call_fails_everything_is_as_before_and_works_afterwards(
     setting: Callable[..., Setting],
     mode: Mode,
     operation: Callable[[Setting], object],
-    call: Call,
+    call: SimulatedCall,
 ) -> None:
     calls, wanted = undisturbed(operation, setting(mode))
     for k in count():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from mshv_irqfd import EventFd, GsiState
-from support import collect, msi, native_threads, open_files, recorded, still_works, until
+from mshv_irqfd.testing import until
+from support import collect, msi, native_threads, open_files, recorded, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from backends import Backend, Guest, KvmGuest, SimulatedGuest
 from mshv_irqfd import Batch, EventFd, ForkedError, IrqFdRoute, Partition
-from support import changing, collect, in_child, msi, open_files, recorded, refusal, still_works, until
+from mshv_irqfd.testing import until
+from support import changing, collect, in_child, msi, open_files, recorded, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

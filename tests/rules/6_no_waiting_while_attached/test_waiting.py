@@ -14,7 +14,8 @@ import pytest
 from driver import DATA, ENTRY, Driver
 from modes import in_both_modes
 from mshv_irqfd import ClosedError, Interrupt, IrqFdRoute, KvmPartition, Partition, SimulatedPartition
-from support import PATIENCE, msi, refusal, still_works
+from mshv_irqfd.testing import patience
+from support import msi, refusal, still_works
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +45,7 @@ def runs_meanwhile(operation: Callable[[int], object]) -> bool:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    deadline, turn = time.monotonic() + PATIENCE / 2, 0
+    deadline, turn = time.monotonic() + patience() / 2, 0
     while not seen.is_set() and time.monotonic() < deadline:
         inside.set()
         operation(turn)
@@ -188,7 +189,7 @@ def test_waiting_for_interrupts_lets_other_threads_signal(guest: Guest, wait: Wa
     partition, found = observable(guest), list[Interrupt]()
     with partition.new_irqfd_route() as route:
         route.set_msi(msi(0x41))
-        waiter = threading.Thread(target=lambda: found.extend(wait(partition, PATIENCE)))
+        waiter = threading.Thread(target=lambda: found.extend(wait(partition, patience())))
         waiter.start()
         route.signal()
         waiter.join()
@@ -203,7 +204,7 @@ def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest, wait
     def run() -> None:
         began.set()
         try:
-            wait(partition, 10 * PATIENCE)
+            wait(partition, 10 * patience())
         except ClosedError:
             ended.append("closed")
 
@@ -211,7 +212,7 @@ def test_closing_a_partition_ends_the_wait_for_its_interrupts(guest: Guest, wait
     waiter.start()
     began.wait()
     partition.close()
-    waiter.join(PATIENCE)
+    waiter.join(patience())
     assert ended == ["closed"]
 
 
@@ -237,7 +238,7 @@ def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest, wait: Wait) -> None:
             rests = rests + 1 if sleeps(main) else 0
         signal.pthread_kill(number, signal.SIGINT)
         # If Ctrl-C fails to end the wait, this does, before the timeout.
-        if not over.wait(PATIENCE / 2):
+        if not over.wait(patience() / 2):
             partition.close()
 
     def hear(*_: object) -> None:
@@ -251,7 +252,7 @@ def test_ctrl_c_ends_the_wait_for_interrupts(guest: Guest, wait: Wait) -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             began.set()
-            wait(partition, PATIENCE)
+            wait(partition, patience())
     finally:
         over.set()
         thread.join()

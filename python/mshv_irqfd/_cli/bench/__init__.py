@@ -8,6 +8,7 @@ ends the run with the results so far, and exit status 130.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MshvIrqFdError, _core
+from mshv_irqfd._cli.arguments import seconds
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
 from mshv_irqfd._cli.progress import INTERRUPTED
@@ -27,6 +29,8 @@ ROUTES = (1, 16, 64, 256, 1024, 2000)
 MOST_ROUTES = 4056
 """KVM's table holds no more beside its pins."""
 QUICK_ROUTES = (1, 16)
+SHORTEST = 0.01
+"""The least time to measure a rate for, in seconds."""
 PLOTS = (".svg", ".png", ".pdf")
 
 
@@ -67,13 +71,13 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=seconds,
         metavar="S",
         help="seconds for each workload at each number of routes (default: 2)",
     )
     parser.add_argument(
         "--longest",
-        type=_seconds,
+        type=seconds,
         default=20.0,
         metavar="S",
         help="a design skips a workload if a call would take longer than this (default: 20)",
@@ -142,16 +146,6 @@ def _routes(text: str) -> list[int]:
     return numbers
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86400:  # noqa: PLR2004 -- a day
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
-    return seconds
-
-
 def _plot(text: str) -> Path:
     file = Path(text)
     if file.suffix not in PLOTS:
@@ -206,7 +200,7 @@ def run_compare(options: Namespace) -> int:
 
 def run_plot(options: Namespace) -> int:
     """Plots earlier runs side by side; 2 if one cannot be read."""
-    if problem := _missing("rich", "matplotlib") or _no_directory(options.plot):
+    if problem := _missing("rich", "matplotlib") or _unwritable(options.plot):
         return _say(problem)
     from mshv_irqfd._cli.bench import plot  # noqa: PLC0415 -- needs an extra
 
@@ -218,8 +212,16 @@ def run_plot(options: Namespace) -> int:
     return 0
 
 
-def _no_directory(file: Path | None) -> str | None:
-    return f"{file}: no such directory" if file and not file.absolute().parent.is_dir() else None
+def _unwritable(file: Path | None) -> str | None:
+    """Why a file can't be written, before something is measured for it; None if it can."""
+    if file is None:
+        return None
+    if not file.absolute().parent.is_dir():
+        return f"{file}: no such directory"
+    if file.is_dir():
+        return f"{file} is a directory"
+    fine = os.access(file if file.exists() else file.absolute().parent, os.W_OK)
+    return None if fine else f"{file}: no permission to write it"
 
 
 def run(options: Namespace) -> int:
@@ -228,7 +230,7 @@ def run(options: Namespace) -> int:
         return _say(problem)
     from mshv_irqfd._cli.bench import report  # noqa: PLC0415 -- needs an extra
 
-    if problem := _no_directory(options.json) or _no_directory(options.plot):
+    if problem := _unwritable(options.json) or _unwritable(options.plot):
         return _say(problem)
     if options.beside and not options.plot:
         return _say("--beside goes with --plot FILE")
@@ -286,6 +288,6 @@ def _measure(plan: measure.Plan, chosen: list[str]) -> results.Results:
                 rows.append(results.row(cell))  # noqa: PERF401 -- those before a Ctrl-C stay
             for name in chosen:
                 bar.update(task, description=name)
-                further += scenarios.ALL[name](plan.backend, min(1.0, plan.seconds))
+                further += scenarios.ALL[name](plan.backend, min(1.0, max(SHORTEST, plan.seconds)))
             complete = True
     return results.results(plan, rows, further, complete=complete)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mshv_irqfd._cli.bench.measure import Cell, Plan, Ratio
 
 FORMAT = 1
+KEYS = {"machine", "settings", "rows", "scenarios"}
 
 
 class Summary(TypedDict):
@@ -143,8 +144,10 @@ def read(file: Path) -> Results:
     """
     try:
         run: Results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnreadableError(f"{file}: {error}") from error
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
+    except OSError as error:
+        raise UnreadableError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UnreadableError(f"{file} is not JSON: {error}") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT or not run.keys() >= KEYS:
         raise UnreadableError(f"{file} is not a result of this version's bench (format {FORMAT})")
     return run

@@ -20,6 +20,8 @@ from mshv_irqfd._cli.doctor.machine import look
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
 
+FORMAT: Final = 1
+"""Of the JSON. Later versions may add keys; another number says that one has gone or means something else."""
 MARKS: Final = {"ok": "ok     ", "warning": "WARNING", "missing": "missing"}
 
 
@@ -50,6 +52,7 @@ def run(options: Namespace) -> int:
     fine = any(works[name] for name in needed)
     if options.json:
         report = {
+            "format": FORMAT,
             "mshv_irqfd": __version__,
             "machine": asdict(machine),
             "works": works,
