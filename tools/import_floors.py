@@ -16,7 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "src"
-TESTS = {"irqfd/tests", "irqfd/tests/walk", "irqfd/interleavings", "hypervisor/fuzzing", "pci/tests"}
+TESTS = {
+    "irqfd/tests",
+    "irqfd/tests/walk",
+    "irqfd/interleavings",
+    "pci/tests",
+    "pci/interleavings",
+    "hypervisor/fuzzing",
+}
 ROOMS = {
     "python": {"pci", "irqfd", "instruments", "hypervisor"},
     "pci": {"irqfd", "hypervisor"},

@@ -1,7 +1,7 @@
 """What Linux guests do with their MSIs, as a model; and how often a cache of messages has what they ask for.
 
 usage: python tools/vector_trace.py [--vps N...] [--routes N...] [--minutes M] [--seeds N]
-                                    [--policy NAME... | --partition BACKEND]
+                                    [--policy NAME... | --partition BACKEND [--masked]]
 
 Prints a table of hit rates for each policy by VPs and routes, or drives routes of a real partition (which needs the
 package) and prints how many pushes a change took. `guest()` makes the events; what takes them knows nothing of it.
@@ -586,7 +586,10 @@ def drive(arguments: argparse.Namespace) -> None:
                     if event.msi is None:
                         routes[event.route].clear_msi()
                         continue
+                    if arguments.masked:
+                        routes[event.route].mask()
                     routes[event.route].set_msi(*event.msi)
+                    routes[event.route].unmask()
                     after = partition.stats()
                     boot = event.time < BOOT
                     counts[boot, "hits"] += after.hits - before.hits
@@ -608,6 +611,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many guests of each size")
     parser.add_argument("--policy", nargs="+", choices=CHOICES, default=["next-free, at home if crowded"])
     parser.add_argument("--partition", metavar="BACKEND", help="drive routes of a partition of this backend instead")
+    parser.add_argument(
+        "--masked", action="store_true", help="mask a route while its message changes, as Linux does with MSI-X"
+    )
     arguments = parser.parse_args()
     (drive if arguments.partition else compare)(arguments)
 

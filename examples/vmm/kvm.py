@@ -56,6 +56,9 @@ _CPUID: Final = {
 _TSC_DEADLINE: Final = 1 << 24  # the kernel's local APIC has it, but leaves it to the VMM to say so
 
 
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
 class Bus(Protocol):
     """What lies behind an access of the guest that KVM does not handle itself."""
 
@@ -159,7 +162,7 @@ class Vcpu:
             while True:
                 try:
                     # Completes the access before, if there was one, and goes on.
-                    fcntl.ioctl(self._fd, KVM_RUN, 0)
+                    self._enter()
                 except InterruptedError:
                     if self._stopping:
                         return
@@ -172,6 +175,12 @@ class Vcpu:
             ended(error)
         else:
             ended(None)
+
+    def _enter(self) -> None:
+        """KVM_RUN. Not by fcntl.ioctl(), which calls again after a signal from Python 3.14 on, and never returned."""
+        if _libc.ioctl(self._fd, ctypes.c_ulong(KVM_RUN), 0) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def _handle_exit(self) -> bool:
         """Does what the guest's exit asks for. Returns false if the guest has shut down."""

@@ -47,7 +47,7 @@ class PciFunction:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Writes configuration space for the guest; read-only bits stay."""
-        for at, byte in enumerate(data, offset):
+        for at, byte in enumerate(data[: len(self.config) - offset], offset):
             self.config[at] = self.config[at] & ~self._writable[at] | byte & self._writable[at]
         if self._bar_size:
             (command,), (bar,) = (

@@ -13,6 +13,7 @@ import struct
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from mshv_irqfd import EventFd, IoEventFd, MsixTable, Partition
@@ -158,7 +159,9 @@ class VirtioDevice(PciFunction, ABC):
         if bar is not None:
             for number, kick in enumerate(self.kicks):
                 at = bar + _NOTIFY + number * _NOTIFY_STEP
-                self._doorbells.append(self._partition.ioeventfd(at, 2, event=kick))
+                # A guest may put two devices at one address. No write may ring two doorbells, so those come here.
+                with suppress(ValueError):
+                    self._doorbells.append(self._partition.ioeventfd(at, 2, event=kick))
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Also passes MSI-X its message control."""
@@ -189,7 +192,7 @@ class VirtioDevice(PciFunction, ABC):
             with self._ledger.access("vector"):
                 self.msix.write_table(offset - _TABLE, data)
         elif part == _NOTIFY and at // _NOTIFY_STEP < len(self.kicks):
-            self.kicks[at // _NOTIFY_STEP].signal()  # of another size than a doorbell's
+            self.kicks[at // _NOTIFY_STEP].signal()  # there is no doorbell, or one of another size
         elif part == _COMMON:
             with self._lock:
                 self._write_common(at, int.from_bytes(data, "little"))

@@ -47,11 +47,13 @@ fn event_of(route: &IrqFdRoute) -> u64 {
     event.id().ok().flatten().expect("/proc tells the number")
 }
 
-fuzz_target!(|input: (bool, Vec<Step>)| {
-    let (quiesce, steps) = input;
+fuzz_target!(|input: (bool, u8, Vec<Step>)| {
+    // Few spare GSIs, so that entries are replaced; or none.
+    let (quiesce, spare, steps) = input;
     let Ok(simulated) = SimulatedPartition::open() else { return };
     let driver = simulated.driver();
-    let config = Config { quiesce, ..Config::new(Backend::Simulated, 24..30) };
+    let spares = std::iter::once(30..30 + u32::from(spare % 6)).collect();
+    let config = Config { quiesce, spares, ..Config::new(Backend::Simulated, 24..30) };
     let partition = Partition::new(Box::new(simulated), config).expect("the options are right");
     partition.create_vp(0).expect("a simulated VP");
     let mut routes: Vec<IrqFdRoute> = Vec::new();
@@ -120,8 +122,9 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
         let table = partition.routing_table().expect("it is open");
         for route in routes.iter().filter(|route| !route.is_closed()) {
             if route.state().expect("it is open") == GsiState::Enabled {
+                let at = route.armed_gsi().expect("it is open").expect("it is armed");
                 let msi = route.msi().expect("it is open").expect("armed routes have an MSI").raw();
-                assert!(table.contains(&(route.gsi(), msi)), "GSI {} is armed but not routed", route.gsi());
+                assert!(table.contains(&(at, msi)), "GSI {} is armed at {at} but not routed there", route.gsi());
             }
         }
     }

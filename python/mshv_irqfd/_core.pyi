@@ -201,10 +201,7 @@ class EventFd:
         """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """For finalizers: closes."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_exception: object) -> None: ...
+        """For finalizers and `with` blocks: closes."""
 
 @disjoint_base
 class IoEventFd:
@@ -322,10 +319,7 @@ class IoEventFd:
         """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """For finalizers: closes. In a forked child closes only the descriptor."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_exception: object) -> None: ...
+        """For finalizers and `with` blocks: closes. In a forked child closes only the descriptor."""
 
 @disjoint_base
 class IrqFdRoute:
@@ -518,10 +512,7 @@ class IrqFdRoute:
         """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """For finalizers: closes. In a forked child closes only the descriptor."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_exception: object) -> None: ...
+        """For finalizers and `with` blocks: closes. In a forked child closes only the descriptor."""
 
 @final
 class Batch:
@@ -657,6 +648,48 @@ class Device:
             The vectors that failed again, as `faults()` does.
         """
 
+    def save(self) -> dict[str, Any]:
+        """Saves the registers and the vectors, for a snapshot or a migration.
+
+        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
+        disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
+
+        Returns:
+            A dict of values that JSON has.
+
+        Raises:
+            RouteBrokenError: a vector's route is broken.
+            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
+        """
+
+    @classmethod
+    def restore(
+        cls,
+        partition: Partition,
+        state: dict[str, Any],
+        *,
+        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
+    ) -> Self:
+        """The device that was saved, with its registers, GSIs and pending signals, or an error and no change.
+
+        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
+        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
+        with the same text, until the guest unmasks it again.
+
+        Args:
+            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
+                which could take their GSIs.
+            state: the dict that `save()` returned, as it was or from JSON.
+            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
+                each vector makes a new one.
+
+        Raises:
+            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+                `partition.gsis`. The message names the key and the rule.
+            MissingVpError: no VP has the destination of a vector that is to be armed.
+            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+        """
+
     def close(self) -> None:
         """Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
 
@@ -672,10 +705,7 @@ class Device:
         """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """For finalizers: closes. In a forked child closes only the descriptors."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_exception: object) -> None: ...
+        """For finalizers and `with` blocks: closes. In a forked child closes only the descriptors."""
 
 @disjoint_base
 class MsixTable(Device):
@@ -741,48 +771,6 @@ class MsixTable(Device):
     @property
     def vectors(self) -> Vectors[MsixVector]:
         """The vectors, a sequence."""
-
-    def save(self) -> dict[str, Any]:
-        """Saves the registers and the vectors, for a snapshot or a migration.
-
-        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
-        disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
-
-        Returns:
-            A dict of values that JSON has.
-
-        Raises:
-            RouteBrokenError: a vector's route is broken.
-            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
-        """
-
-    @classmethod
-    def restore(
-        cls,
-        partition: Partition,
-        state: dict[str, Any],
-        *,
-        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
-    ) -> Self:
-        """The table that was saved, with its registers, GSIs and pending signals, or an error and no change.
-
-        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
-        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
-        with the same text, until the guest unmasks it again.
-
-        Args:
-            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
-                which could take their GSIs.
-            state: the dict that `save()` returned, as it was or from JSON.
-            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
-                each vector makes a new one.
-
-        Raises:
-            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
-                `partition.gsis`. The message names the key and the rule.
-            MissingVpError: no VP has the destination of a vector that is to be armed.
-            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
-        """
 
     def read_table(self, offset: int, size: int) -> int:
         """Reads the table, for the guest.
@@ -903,48 +891,6 @@ class MsiCapability(Device):
     @property
     def vectors(self) -> Vectors[MsiVector]:
         """The vectors, a sequence."""
-
-    def save(self) -> dict[str, Any]:
-        """Saves the registers and the vectors, for a snapshot or a migration.
-
-        Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
-        disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
-
-        Returns:
-            A dict of values that JSON has.
-
-        Raises:
-            RouteBrokenError: a vector's route is broken.
-            IrqFdError: the kernel refused to disarm a vector, or to arm it again.
-        """
-
-    @classmethod
-    def restore(
-        cls,
-        partition: Partition,
-        state: dict[str, Any],
-        *,
-        events: Mapping[int, HasFileno | int] | Sequence[HasFileno | int | None] | None = None,
-    ) -> Self:
-        """The capability that was saved, with its registers, GSIs and pending signals, or an error and no change.
-
-        Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
-        delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
-        with the same text, until the guest unmasks it again.
-
-        Args:
-            partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
-                which could take their GSIs.
-            state: the dict that `save()` returned, as it was or from JSON.
-            events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
-                each vector makes a new one.
-
-        Raises:
-            ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
-                `partition.gsis`. The message names the key and the rule.
-            MissingVpError: no VP has the destination of a vector that is to be armed.
-            RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
-        """
 
     def read_config(self, offset: int, size: int) -> int:
         """Reads the capability in configuration space, for the guest.
@@ -1113,7 +1059,8 @@ class Partition:
         """Whether every push, arming and disarming is logged, with its reason: at DEBUG, by the logger `mshv_irqfd`.
 
         Set at opening if that logger takes such records by then. Calls that the kernel refused are logged always, at
-        WARNING. Records are emitted after the call that they are about, in the thread that made it or another one.
+        WARNING. Records are emitted once a call is over and before it returns, unless another thread is emitting them
+        just then. When the interpreter ends, finalizers log nothing.
         """
 
     @log_calls.setter
@@ -1248,8 +1195,9 @@ class Partition:
             state: the dict that `save()` returned, as it was or from JSON.
             events: the caller's eventfds, in a mapping from GSIs, each an int or an object with `fileno()`. The routes
                 duplicate them, and deliver what is pending in them. By default each route makes a new eventfd.
-            ring_doorbells: whether to ring every open doorbell of the partition once, after that. No state has the
-                rings that were in flight, so a device should look at each of its queues when it resumes.
+            ring_doorbells: whether to ring every open doorbell of the partition once, after that, but for those on the
+                eventfd of a route, of any partition of this process. No state has the rings that were in flight, so a
+                device should look at each of its queues when it resumes.
 
         Returns:
             The routes by GSI, in a dict ordered by GSI.
@@ -1324,7 +1272,7 @@ class Partition:
         """Whether a finalizer should warn. Always false in a forked child."""
 
     def _abandon(self) -> None:
-        """For finalizers: closes. Does nothing in a forked child, where dropping the object closes its descriptors."""
+        """For finalizers and `with` blocks: closes. In a forked child nothing: the drop closes descriptors."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...
@@ -1382,6 +1330,10 @@ class Watch:
     @property
     def changed(self) -> int:
         """A descriptor that is readable once the eventfd is closed or replaced."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process began it. A forked child has a copy of the loop, and the parent's epoll set."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_exception: object) -> None: ...

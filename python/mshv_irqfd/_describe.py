@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from mshv_irqfd.errors import ClosedError
+from mshv_irqfd.errors import ClosedError, IrqFdError
 from mshv_irqfd.values import DeliveryMode
 
 if TYPE_CHECKING:
@@ -32,10 +32,18 @@ def row(route: _core.IrqFdRoute) -> tuple[str, ...] | None:
             "-" if msi is None else f"{msi.address:#010x}/{msi.data:#06x}",
             "-" if msi is None else interrupt(msi),
             "yes" if route.masked else "-",
-            "yes" if route.pending else "-",
+            pending(route),
         )
     except ClosedError:
         return None
+
+
+def pending(route: _core.IrqFdRoute) -> str:
+    """Whether a signal is pending; "?" if other code has closed the eventfd, which the table is to show."""
+    try:
+        return "yes" if route.pending else "-"
+    except IrqFdError:
+        return "?"
 
 
 class Description(str):
@@ -48,7 +56,7 @@ class Description(str):
     _counters: str
 
     def __new__(cls, partition: _core.Partition) -> Self:
-        """Looks at every route once. Routes may change meanwhile: each line is true, of its moment."""
+        """Looks at every route once. Routes may change meanwhile: each cell is true, of its moment."""
         rows = [cells for route in partition.routes if (cells := row(route)) is not None]
         counters = ", ".join(f"{name} {value}" for name, value in partition.stats()._asdict().items())
         widths = [max(len(cells[column]) for cells in (COLUMNS, *rows)) for column in range(len(COLUMNS))]
@@ -57,6 +65,10 @@ class Description(str):
         text = super().__new__(cls, "\n".join([title, *(lines if rows else ["no routes"]), counters]))
         text._title, text._rows, text._counters = title, rows, counters
         return text
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """A copy, or what is pickled, is the text alone: it has no partition to look at."""
+        return str, (str(self),)
 
     def __rich__(self) -> Any:  # noqa: ANN401 -- a type of a package that need not be there
         """The table that `rich` shows."""

@@ -94,15 +94,38 @@ def matched(wanted: Counter[Interrupt], arrived: Iterable[Interrupt]) -> tuple[l
     Returns:
         The indexes of those that match, and the wanted ones that are missing.
     """
-    # The most exact pattern first: a vector alone would take what only it could have.
-    left = Counter(dict(sorted(wanted.items(), key=lambda item: item[0].count(None))))
-    found = []
+    # By pattern: the indexes of its interrupts, alike ones together.
+    taken: dict[Interrupt, dict[Interrupt, list[int]]] = {pattern: {} for pattern in wanted}
+    takers: dict[Interrupt, list[Interrupt]] = {}
+
+    def is_taken(index: int, interrupt: Interrupt, asked: set[Interrupt]) -> bool:
+        """Gives an interrupt to a pattern, also to one that has enough if another can take one from that."""
+        for pattern in takers[interrupt]:
+            if pattern in asked:
+                continue
+            asked.add(pattern)
+            mine = taken[pattern]
+            if sum(map(len, mine.values())) >= wanted[pattern]:
+                given = next((one for one, indexes in mine.items() if is_taken(indexes[-1], one, asked)), None)
+                if given is None:
+                    continue
+                mine[given].pop()
+                if not mine[given]:
+                    del mine[given]
+            mine.setdefault(interrupt, []).append(index)
+            return True
+        return False
+
+    surplus = set[Interrupt]()
     for index, interrupt in enumerate(arrived):
-        pattern = next((one for one, number in left.items() if number and _matches(one, interrupt)), None)
-        if pattern is not None:
-            left[pattern] -= 1
-            found.append(index)
-    return found, +left
+        if interrupt not in takers:
+            takers[interrupt] = [pattern for pattern in wanted if _matches(pattern, interrupt)]
+        # What nothing can take now, nothing can later.
+        if interrupt not in surplus and not is_taken(index, interrupt, set()):
+            surplus.add(interrupt)
+    found = sorted(index for mine in taken.values() for indexes in mine.values() for index in indexes)
+    have = Counter({pattern: sum(map(len, mine.values())) for pattern, mine in taken.items()})
+    return found, wanted - have
 
 
 def described(interrupt: Interrupt) -> str:

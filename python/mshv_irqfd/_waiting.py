@@ -96,5 +96,7 @@ async def _resumed(watch: Watch) -> bool:
             loop.add_reader(fd, resume, fd)
         return await future == watch.changed
     finally:
-        for fd in descriptors:
-            loop.remove_reader(fd)
+        # In a forked child the loop is a copy, but its epoll set is the parent's, where the wait goes on.
+        if watch.is_own:
+            for fd in descriptors:
+                loop.remove_reader(fd)

@@ -12,6 +12,7 @@ from mshv_irqfd.errors import HypervisorUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from os import PathLike
+    from typing import Self
 
     from mshv_irqfd._core import HasFileno
     from mshv_irqfd._interrupts import Expected
@@ -26,10 +27,19 @@ class _Closable(Protocol):
     def _abandon(self) -> None: ...
 
 
-class _Finalized:
-    """Warns when an open object is collected, and closes it, as files do."""
+class _Handle:
+    """Closes at the end of a `with` block, and when an open object is collected, with a warning, as files do.
+
+    In a forked child, where `close()` would raise, both close the descriptors alone.
+    """
 
     __slots__ = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self: _Closable, *_exception: object) -> None:
+        self._abandon()
 
     def __del__(self: _Closable, warn: Callable[..., None] = warnings.warn) -> None:
         if self._is_left_open():
@@ -40,32 +50,32 @@ class _Finalized:
                 self._abandon()
 
 
-class EventFd(_core.EventFd, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class EventFd(_core.EventFd, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.EventFd.__doc__
     __slots__ = ()
 
 
-class IoEventFd(_core.IoEventFd, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class IoEventFd(_core.IoEventFd, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IoEventFd.__doc__
     __slots__ = ()
 
 
-class IrqFdRoute(_core.IrqFdRoute, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class IrqFdRoute(_core.IrqFdRoute, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.IrqFdRoute.__doc__
     __slots__ = ()
 
 
-class MsixTable(_core.MsixTable, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class MsixTable(_core.MsixTable, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.MsixTable.__doc__
     __slots__ = ()
 
 
-class MsiCapability(_core.MsiCapability, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class MsiCapability(_core.MsiCapability, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.MsiCapability.__doc__
     __slots__ = ()
 
 
-class Partition(_core.Partition, _Finalized):  # noqa: D101 -- the docstring is the Rust half's
+class Partition(_core.Partition, _Handle):  # noqa: D101 -- the docstring is the Rust half's
     __doc__ = _core.Partition.__doc__
     __slots__ = ()
 

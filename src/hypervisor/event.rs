@@ -5,15 +5,16 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 #[cfg(not(all(test, shuttle)))]
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 #[cfg(all(test, shuttle))]
-use shuttle::sync::atomic::AtomicU32;
+use shuttle::sync::atomic::AtomicU64;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd as SysEventFd};
 
 use super::descriptor;
+use super::owner::Owner;
 use super::waiters::{Waiters, Watch};
 
 /// A new eventfd (non-blocking, close-on-exec) or a duplicate of a caller's.
@@ -24,16 +25,28 @@ use super::waiters::{Waiters, Watch};
 pub struct EventFd {
     inner: ManuallyDrop<SysEventFd>,
     /// The number of threads that use the descriptor now, with the flags `CLOSED` (no thread may begin to use it) and
-    /// `GONE` (the descriptor is closed).
-    users: AtomicU32,
+    /// `GONE` (the descriptor is closed). The upper half names the process that these threads are of.
+    users: AtomicU64,
     /// Whether it is a duplicate of a caller's eventfd, which may be in blocking mode.
     foreign: bool,
     id: OnceLock<Option<u64>>,
     waiters: Waiters,
 }
 
-const CLOSED: u32 = 1 << 31;
-const GONE: u32 = 1 << 30;
+const CLOSED: u64 = 1 << 31;
+const GONE: u64 = 1 << 30;
+const PROCESS: u64 = u64::MAX << 32;
+
+/// The calling process, where `users` names it.
+fn this_process() -> u64 {
+    // Where the kernel can't tell a child from its parent, all are one.
+    Owner::current().map_or(0, |owner| owner.number() << 32)
+}
+
+/// The users as this process has them: a forked child starts without any, because it has none of the parent's threads.
+fn own(users: u64, process: u64) -> u64 {
+    if users & PROCESS == process { users } else { process | users & (CLOSED | GONE) }
+}
 
 /// The reason why a descriptor can't be the eventfd of a route or a doorbell.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +96,7 @@ impl EventFd {
     fn own(inner: SysEventFd, foreign: bool) -> Self {
         Self {
             inner: ManuallyDrop::new(inner),
-            users: AtomicU32::new(0),
+            users: AtomicU64::new(0),
             foreign,
             id: OnceLock::new(),
             waiters: Waiters::new(),
@@ -115,23 +128,43 @@ impl EventFd {
         })
     }
 
+    /// Whether other code has closed the descriptor, whose number may be another file's by now. That other file is told
+    /// by the eventfd's number in the kernel, if that was read before.
+    pub fn is_gone(&self) -> bool {
+        let fd = self.as_raw_fd();
+        match (self.info(), self.id.get()) {
+            (Ok(info), Some(known)) => info.field("eventfd-id") != *known,
+            (Ok(_), None) => false,
+            (Err(_), _) => !self.is_closed() && !descriptor::is_open(fd),
+        }
+    }
+
     /// Runs `action` on the descriptor unless it is closed. Nothing closes it meanwhile.
     fn using<T>(&self, action: impl FnOnce(RawFd) -> io::Result<T>) -> io::Result<T> {
-        let before = self.users.fetch_add(1, Ordering::Acquire);
+        let before = self.change_users(|users| users + 1);
         let result = if before & CLOSED == 0 {
             action(self.inner.as_raw_fd())
         } else {
             Err(io::Error::from_raw_os_error(libc::EBADF))
         };
-        if self.users.fetch_sub(1, Ordering::Release) == CLOSED | 1 {
+        if self.users.fetch_sub(1, Ordering::Release) & !PROCESS == CLOSED | 1 {
             self.close_if_unused();
         }
         result
     }
 
+    /// Makes a change, and returns the users before it.
+    fn change_users(&self, change: impl Fn(u64) -> u64) -> u64 {
+        let process = this_process();
+        let changed = |users| Some(change(own(users, process)));
+        let (Ok(before) | Err(before)) = self.users.fetch_update(Ordering::AcqRel, Ordering::Acquire, changed);
+        own(before, process)
+    }
+
     /// Closes the descriptor, once, unless a thread uses it. The last such thread calls this again.
     fn close_if_unused(&self) {
-        let gone = self.users.compare_exchange(CLOSED, CLOSED | GONE, Ordering::Acquire, Ordering::Relaxed);
+        let closed = this_process() | CLOSED;
+        let gone = self.users.compare_exchange(closed, closed | GONE, Ordering::Acquire, Ordering::Relaxed);
         if gone.is_ok() {
             descriptor::close(self.inner.as_raw_fd());
         }
@@ -139,7 +172,7 @@ impl EventFd {
 
     /// Closes the descriptor, now or when the last thread that uses it has finished.
     pub fn close(&self) {
-        self.users.fetch_or(CLOSED, Ordering::AcqRel);
+        self.change_users(|users| users | CLOSED);
         self.close_if_unused();
         self.wake_waiters();
     }
@@ -170,7 +203,7 @@ impl EventFd {
 
     /// Gives the number up without a close: other code has closed the descriptor.
     pub fn forget(&self) {
-        self.users.fetch_or(CLOSED | GONE, Ordering::AcqRel);
+        self.change_users(|users| users | CLOSED | GONE);
         self.wake_waiters();
     }
 
@@ -262,8 +295,12 @@ pub fn write(fd: RawFd, n: u64) -> io::Result<()> {
 fn ready(fd: RawFd, events: libc::c_short) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one pollfd, which lives across the call; a timeout of 0 does not wait.
-    if unsafe { libc::poll(&mut poll, 1, 0) } < 0 {
-        return Err(io::Error::last_os_error());
+    while unsafe { libc::poll(&mut poll, 1, 0) } < 0 {
+        let error = io::Error::last_os_error();
+        // Although it does not wait: if nothing is ready, poll(2) fails when a signal comes in just then.
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
     if poll.revents & libc::POLLNVAL != 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
@@ -364,6 +401,41 @@ mod tests {
     }
 
     #[test]
+    fn a_unix_signal_that_comes_during_a_look_fails_nothing() {
+        static CAUGHT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        extern "C" fn caught(_: libc::c_int) {
+            CAUGHT.fetch_add(1, Ordering::Relaxed);
+        }
+        let handler: extern "C" fn(libc::c_int) = caught;
+        // SAFETY: the handler only adds to an atomic; the zeros are an empty mask and no flags.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as libc::sighandler_t;
+            assert_eq!(libc::sigaction(libc::SIGUSR2, &action, std::ptr::null_mut()), 0);
+        }
+        let event = EventFd::new().unwrap();
+        // SAFETY: a query.
+        let looks = unsafe { libc::pthread_self() };
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let found = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    // SAFETY: this thread is joined before the other one ends.
+                    unsafe { libc::pthread_kill(looks, libc::SIGUSR2) };
+                    std::thread::yield_now();
+                }
+            });
+            let mut found = Ok(false);
+            while found.is_ok() && CAUGHT.load(Ordering::Relaxed) < 2000 {
+                found = event.is_readable();
+            }
+            over.store(true, Ordering::Relaxed);
+            found
+        });
+        assert!(!found.unwrap());
+    }
+
+    #[test]
     fn signalling_a_full_counter_succeeds() {
         let event = EventFd::new().unwrap();
         event.signal(u64::MAX - 1).unwrap();
@@ -440,7 +512,33 @@ mod tests {
                 }
                 event.close();
             });
-            assert_eq!(event.users.load(Ordering::Relaxed), CLOSED | GONE);
+            assert_eq!(event.users.load(Ordering::Relaxed) & !PROCESS, CLOSED | GONE);
         }
+    }
+
+    #[test]
+    fn a_forked_child_closes_its_copy_although_a_thread_of_its_parent_uses_the_descriptor() {
+        let event = EventFd::new().unwrap();
+        let child = event
+            .using(|fd| {
+                // SAFETY: the child calls nothing but this, a query and _exit.
+                let child = unsafe { libc::fork() };
+                if child == 0 {
+                    // For the child, this thread of the parent is another one.
+                    event.close();
+                    // SAFETY: ends the child without running the parent's exit handlers.
+                    unsafe { libc::_exit(i32::from(descriptor::is_open(fd))) };
+                }
+                Ok(child)
+            })
+            .unwrap();
+        let mut status = -1;
+        // SAFETY: waits for the child made above.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "the child's descriptor stays open");
+        event.signal(1).unwrap();
+        assert_eq!(event.consume().unwrap(), 1);
+        event.close();
+        assert_eq!(event.users.load(Ordering::Relaxed) & !PROCESS, CLOSED | GONE);
     }
 }

@@ -1,6 +1,7 @@
 //! The process that owns an object. The check needs no system call and detects every kind of fork.
 
 use std::io;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
@@ -59,6 +60,11 @@ impl Owner {
         }
     }
 
+    /// Its number, which no other process in this line of forks has.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
     /// Whether the calling process is this owner. One load: no system call, no lock.
     pub fn is_current(self) -> bool {
         page().is_ok_and(|page| page.load(Ordering::Acquire) == self.0)
@@ -67,12 +73,39 @@ impl Owner {
 
 /// A value that each process has for itself. A forked child starts with a new one, because threads that it does not
 /// have may hold the locks of the parent's. The child leaves its copy of the parent's value alone.
+///
+/// Threads may share it if they may share the value and give it to each other: one of them makes it, another drops it.
+///
+/// ```
+/// # use mshv_irqfd::hypervisor::owner::PerProcess;
+/// fn shared<T: Send + Sync>() {}
+/// shared::<PerProcess<std::sync::Mutex<u8>>>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// # use mshv_irqfd::hypervisor::owner::PerProcess;
+/// fn shared<T: Sync>() {}
+/// shared::<PerProcess<std::cell::Cell<u8>>>(); // threads can't share the value
+/// ```
+///
+/// ```compile_fail,E0277
+/// # use mshv_irqfd::hypervisor::owner::PerProcess;
+/// fn given<T: Send>() {}
+/// given::<PerProcess<std::sync::MutexGuard<'static, u8>>>(); // no other thread can have the value
+/// ```
+///
+/// ```compile_fail,E0599
+/// # use mshv_irqfd::hypervisor::owner::PerProcess;
+/// #[derive(Default)]
+/// struct Shared(std::marker::PhantomData<std::sync::MutexGuard<'static, u8>>); // `Sync`, and not `Send`
+/// PerProcess::<Shared>::new().get(); // another thread may drop what this one makes
+/// ```
 #[derive(Debug)]
-pub struct PerProcess<T: 'static>(AtomicPtr<(Owner, T)>);
+pub struct PerProcess<T: 'static>(AtomicPtr<(Owner, T)>, PhantomData<T>);
 
-impl<T: Default + Sync> PerProcess<T> {
+impl<T: Default + Send + Sync> PerProcess<T> {
     pub const fn new() -> Self {
-        Self(AtomicPtr::new(std::ptr::null_mut()))
+        Self(AtomicPtr::new(std::ptr::null_mut()), PhantomData)
     }
 
     /// This process's value, if it has been made.
@@ -114,7 +147,7 @@ impl<T> Drop for PerProcess<T> {
     }
 }
 
-impl<T: Default + Sync> Default for PerProcess<T> {
+impl<T: Default + Send + Sync> Default for PerProcess<T> {
     fn default() -> Self {
         Self::new()
     }

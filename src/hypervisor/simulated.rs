@@ -386,7 +386,8 @@ impl Driver {
     /// Forgets the faults of a kind. Returns the number of calls that were still to fail.
     pub fn clear_faults(&self, operation: Operation) -> u32 {
         let mut state = self.lock();
-        let left = state.faults.iter().filter(|fault| fault.operation == operation).map(|fault| fault.times).sum();
+        let faults = state.faults.iter().filter(|fault| fault.operation == operation);
+        let left = faults.fold(0u32, |left, fault| left.saturating_add(fault.times));
         state.faults.retain(|fault| fault.operation != operation);
         left
     }
@@ -638,6 +639,20 @@ mod tests {
         driver.fail(Operation::SetMsiRouting, libc::EINVAL, 0, 1);
         let seen: Vec<_> = (0..5).map(|_| driver.set_msi_routing(&[]).map_err(|error| error.errno)).collect();
         assert_eq!(seen, [Ok(()), Err(libc::ENOMEM), Err(libc::ENOMEM), Err(libc::EINVAL), Ok(())]);
+    }
+
+    #[test]
+    fn the_faults_that_are_left_are_counted_however_many_there_are() {
+        let partition = SimulatedPartition::open().unwrap();
+        let driver = partition.driver();
+        for (times, left) in [(3, 3), (u32::MAX, u32::MAX)] {
+            driver.fail(Operation::SetMsiRouting, libc::ENOMEM, 0, times);
+            driver.fail(Operation::SetMsiRouting, libc::EINVAL, 0, times - 3);
+            driver.fail(Operation::AssignIrqfd, libc::EINVAL, 0, 1);
+            assert_eq!(driver.clear_faults(Operation::SetMsiRouting), left);
+            driver.set_msi_routing(&[]).unwrap();
+            assert_eq!(driver.clear_faults(Operation::AssignIrqfd), 1);
+        }
     }
 
     #[test]

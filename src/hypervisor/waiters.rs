@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::descriptor;
-use super::owner::PerProcess;
+use super::owner::{Owner, PerProcess};
 
 type List = Mutex<Vec<Weak<Bell>>>;
 
@@ -27,7 +27,7 @@ impl Waiters {
     /// the state that it waits for after this: of its look and `wake`, the later one sees the other's work.
     pub(super) fn watch(&self, event: RawFd) -> io::Result<Watch> {
         let bell = Bell::new().map(Arc::new).inspect_err(|_| descriptor::close(event))?;
-        let watch = Watch { event, bell };
+        let watch = Watch { event, bell, owner: Owner::current().inspect_err(|_| descriptor::close(event))? };
         let mut list = lock(self.0.get()?);
         list.retain(|bell| bell.strong_count() > 0);
         list.push(Arc::downgrade(&watch.bell));
@@ -59,6 +59,7 @@ fn lock(list: &List) -> MutexGuard<'_, Vec<Weak<Bell>>> {
 pub struct Watch {
     event: RawFd,
     bell: Arc<Bell>,
+    owner: Owner,
 }
 
 impl Watch {
@@ -70,6 +71,12 @@ impl Watch {
     /// Readable once the eventfd is closed or replaced. Then look again, and begin another watch if need be.
     pub fn changed(&self) -> RawFd {
         self.bell.0.as_raw_fd()
+    }
+
+    /// Whether this process began it. A forked child has a copy of its parent's event loop, whose epoll set is still the
+    /// parent's: it must take nothing out of that.
+    pub fn is_own(&self) -> bool {
+        self.owner.is_current()
     }
 }
 

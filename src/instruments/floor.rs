@@ -205,8 +205,15 @@ impl<K: Bare> Steps for Floor<K> {
                 all.clone().try_for_each(|_| self.make())?;
                 self.work(Workload::BringUpBatch)
             }
-            Workload::Retarget if self.way == Way::Move => self.move_to(middle, self.next(middle)),
-            Workload::Retarget => self.push_in_turn(1, all),
+            Workload::Retarget | Workload::MsixRetarget if self.way == Way::Move => {
+                self.move_to(middle, self.next(middle))
+            }
+            Workload::MsixRetarget if self.way == Way::Push => {
+                self.disarm(middle)?;
+                self.push_in_turn(1, all)?;
+                self.arm(middle)
+            }
+            Workload::Retarget | Workload::MsixRetarget => self.push_in_turn(1, all),
             Workload::RetargetStorm => {
                 let index = self.random.below(self.routes);
                 if self.way == Way::Move {

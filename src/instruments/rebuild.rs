@@ -188,6 +188,11 @@ impl<K: Bare> Steps for Rebuild<K> {
                 self.turn = !self.turn;
                 self.set_msi(middle, msi(middle, self.turn))
             }
+            Workload::MsixRetarget => {
+                self.turn = !self.turn;
+                self.set_route(self.routes[middle].index, None)?;
+                self.set_msi(middle, msi(middle, self.turn))
+            }
             Workload::RetargetStorm => {
                 let route = self.random.below(self.count);
                 let msi = self.random.msi();

@@ -29,6 +29,8 @@ pub enum Workload {
     BringUpBatch,
     /// A device's vectors, set up together by the guest's driver: routes made, routed and armed.
     MsixBringUp,
+    /// One vector of a device given another message by the guest's driver: masked, programmed, unmasked.
+    MsixRetarget,
     /// One route moved to another vector.
     Retarget,
     /// One route after another, chosen at random, moved to a random vector of a random VP.
@@ -46,12 +48,13 @@ pub enum Workload {
 }
 
 impl Workload {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Create,
         Self::BringUp,
         Self::BringUpMade,
         Self::BringUpBatch,
         Self::MsixBringUp,
+        Self::MsixRetarget,
         Self::Retarget,
         Self::RetargetStorm,
         Self::RetargetAll,
@@ -68,6 +71,7 @@ impl Workload {
             Self::BringUpMade => "bring-up-made",
             Self::BringUpBatch => "bring-up-batch",
             Self::MsixBringUp => "msix-bring-up",
+            Self::MsixRetarget => "msix-retarget",
             Self::Retarget => "retarget",
             Self::RetargetStorm => "retarget-storm",
             Self::RetargetAll => "retarget-all",

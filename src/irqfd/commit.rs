@@ -18,6 +18,7 @@ use super::trace::Reason;
 impl State {
     /// Makes all `changes`, or none.
     pub(super) fn apply(&mut self, changes: &mut [Change]) -> Result<(), Failure> {
+        let balance = self.balance;
         let mut plan = self.plan(changes);
         let mut disarmed = Vec::new();
         let result = self
@@ -30,6 +31,8 @@ impl State {
             self.stats.misses += plan.misses;
             self.stats.entries_loaded += plan.loaded;
             self.stats.pushes_skipped += u64::from(!plan.push);
+        } else {
+            self.balance = balance;
         }
         let touched = disarmed.iter().map(|index| usize::from(*index));
         for index in changes.iter().map(|change| change.index).chain(touched) {

@@ -81,14 +81,16 @@ impl Doorbells {
         Ok(doorbell)
     }
 
-    /// Rings the open doorbells, as the guest does. Not those on a route's eventfd: their rings are the route's signals,
-    /// which are saved as its pending bit.
-    pub(super) fn ring(&self, state: &State) -> Result {
-        for doorbell in self.lock().iter().filter(|doorbell| !doorbell.is_closed()) {
-            if state.route_of(&doorbell.event).is_none() {
-                let failed = |error| Failure::new(CallError::of(Operation::Event, "write", &error), None);
-                doorbell.event.signal(1).map_err(|error| failed(error).of_doorbell(doorbell.trigger))?;
-            }
+    /// The open doorbells.
+    pub(super) fn open(&self, _state: &State) -> Vec<Arc<Doorbell>> {
+        self.lock().iter().filter(|doorbell| !doorbell.is_closed()).cloned().collect()
+    }
+
+    /// Rings doorbells, as the guest does, but for those that have been closed meanwhile.
+    pub(super) fn ring(&self, _state: &State, doorbells: &[Arc<Doorbell>]) -> Result {
+        for doorbell in doorbells.iter().filter(|doorbell| !doorbell.is_closed()) {
+            let failed = |error| Failure::new(CallError::of(Operation::Event, "write", &error), None);
+            doorbell.event.signal(1).map_err(|error| failed(error).of_doorbell(doorbell.trigger))?;
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ struct Locked<'a> {
 struct Swap<'a> {
     new: &'a NewEvent,
     old: Arc<EventFd>,
-    /// Whether other code has closed the old one's descriptor: a new one has its number.
+    /// Whether other code has closed the old one's descriptor.
     is_gone: bool,
 }
 
@@ -51,7 +51,7 @@ impl<'a> Locked<'a> {
     /// Looks at the eventfds. `numbers` are the descriptors of all new ones.
     fn compare_events(&mut self, numbers: &[i32]) {
         let old = self.route.event.get();
-        let is_gone = numbers.contains(&old.as_raw_fd());
+        let is_gone = numbers.contains(&old.as_raw_fd()) || (self.edit.event.is_some() && old.is_gone());
         // The eventfd that the route has already takes no place.
         let new = self.edit.event.as_ref().filter(|new| is_gone || !new.is_same(&old));
         self.swap = new.map(|new| Swap { new, old, is_gone });

@@ -67,8 +67,13 @@ impl RouteEvent {
         Arc::clone(&self.0.load().event)
     }
 
+    /// The descriptor, for other code. That may close it by mistake, and its number be another file's then: this reads what
+    /// tells the two apart.
     pub(super) fn fd(&self) -> RawFd {
-        self.0.load().event.as_raw_fd()
+        let current = self.0.load();
+        // Fails if it is closed already.
+        let _known = current.event.id();
+        current.event.as_raw_fd()
     }
 
     pub(super) fn signal(&self, n: u64) -> io::Result<()> {

@@ -368,7 +368,7 @@ fn routes_restored_beside_new_ones_and_a_closing_partition_are_closed_or_refused
         let make = Box::new(move || drop(maker.new_route(None)));
         let guest = scene.guest.clone();
         // Refused once the route is closed.
-        let signal = scene.act(0, move |route| drop(guest.signal(route)));
+        let signal = scene.act(0, move |route| _ = guest.signal(route));
         together([restore, make, signal, Box::new(move || closer.close().unwrap())]);
         let routes = restored.get().into_iter().flat_map(BTreeMap::values);
         assert!(routes.into_iter().all(IrqFdRoute::is_closed));

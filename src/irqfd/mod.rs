@@ -2,6 +2,7 @@
 //!
 //! It calls kernels through [`Hypervisor`](crate::hypervisor::Hypervisor) alone, and does not depend on Python.
 
+mod balance;
 mod batch;
 mod commit;
 mod config;

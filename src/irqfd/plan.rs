@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use super::balance::Retargets;
 use super::msi::MsiRoute;
 use super::shared::Intent;
 use super::state::State;
@@ -85,8 +86,7 @@ impl State {
     /// Chooses the place of each change, and puts the entries that it needs there into the image.
     pub(super) fn plan(&mut self, changes: &mut [Change]) -> Plan {
         let mut plan = Plan::default();
-        // Changes for which the kernel's table has the message, and an armed irqfd would move there from its own GSI.
-        let mut moves = 0;
+        let mut retargets = Retargets::default();
         for change in &mut *changes {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
             change.before = Before {
@@ -103,29 +103,25 @@ impl State {
             let Some(msi) = change.wanted.filter(|msi| self.entries.kernel(change.place) != Some(*msi)) else {
                 continue;
             };
+            retargets.armed |= slot.is_armed();
+            retargets.disarmed |= !slot.is_armed() && self.entries.image(slot.place()).is_some();
             if let Some(place) = self.entries.find(own, msi) {
                 change.place = place;
                 plan.hits += 1;
-                moves += usize::from(slot.is_armed() && slot.place() == own);
             } else {
                 change.pushed = true;
                 plan.misses += 1;
             }
         }
         plan.push = plan.misses > 0;
-        // Where an armed irqfd may meet a push, changing its own entry is the better way if a push is made anyway, or is
-        // cheaper than all the moves.
-        if self.entries_per_move > 0
-            && moves > 0
-            && (plan.push || self.entries.len() <= moves * self.entries_per_move)
-        {
-            plan.push = true;
-            for change in &mut *changes {
-                let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
-                if slot.is_armed() && slot.place() == own && change.place != own {
-                    (change.place, change.pushed) = (own, true);
-                }
-            }
+        retargets.missed = plan.misses > 0;
+        if self.has_few_routes() {
+            self.balance.note(retargets);
+        } else {
+            self.balance.fill();
+        }
+        if self.entries_per_move > 0 && retargets.armed {
+            self.push_for_moves(changes, &mut plan);
         }
         // Places that are found stay, whatever else is replaced.
         for change in changes.iter().filter(|change| !change.pushed) {
@@ -137,18 +133,39 @@ impl State {
         plan
     }
 
+    /// Where an armed irqfd may meet a push, changing its own entry is the better way if a push is made anyway, or is
+    /// cheaper than all the moves.
+    fn push_for_moves(&self, changes: &mut [Change], plan: &mut Plan) {
+        let is_small = self.is_kept_small();
+        // The table has its message, and an armed irqfd would move there from its own GSI. In a small table one at a spare
+        // GSI goes home, so that the next push changes its entry in place.
+        let moves = |change: &Change| {
+            let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
+            let leaves = change.wanted.is_some() && ![own, slot.place()].contains(&change.place);
+            slot.is_armed() && leaves && (is_small || slot.place() == own)
+        };
+        let number = changes.iter().filter(|change| moves(change)).count();
+        if number > 0 && (plan.push || is_small || self.entries.len() <= number * self.entries_per_move) {
+            plan.push = true;
+            for change in changes.iter_mut().filter(|change| moves(change)) {
+                (change.place, change.pushed) = (self.gsi(change.index), true);
+            }
+        }
+    }
+
     /// Gives every message that the kernel's table lacks a place, and loads the messages that are likely next.
     fn plan_push(&mut self, changes: &mut [Change], plan: &mut Plan) {
         // While the table is kept small, the spare GSIs have no part in it: scanning them would take longer than the push.
-        let is_plain = self.is_kept_small() && self.entries.filled() == 0;
+        let is_small = self.is_kept_small();
+        let is_plain = is_small && self.entries.filled() == 0;
         let mut replaceable = if is_plain { Vec::new() } else { self.entries.replaceable() }.into_iter();
         let mut planned = HashMap::new();
         for change in changes.iter_mut().filter(|change| change.pushed) {
             let (slot, own) = (&self.slots[change.index], self.gsi(change.index));
             let Some(msi) = change.wanted else { continue };
-            // Its own entry, if that is empty, or may be changed under an armed irqfd. Otherwise it keeps its old message
-            // there, which the guest may want again.
-            let in_place = self.entries_per_move > 0 && slot.place() == own;
+            // Its own entry, if that is empty, if it may be changed under an armed irqfd, and while the table is kept small.
+            // Otherwise it keeps its old message there, which the guest may want again.
+            let in_place = is_small || (self.entries_per_move > 0 && slot.place() == own);
             change.place = own;
             if self.entries.image(own).is_some() && !in_place {
                 let spare = planned.get(&msi).copied().or_else(|| replaceable.next());
@@ -163,8 +180,13 @@ impl State {
     }
 
     /// Whether pushing a table without spare entries is cheaper than moving an irqfd.
-    fn is_kept_small(&self) -> bool {
+    fn has_few_routes(&self) -> bool {
         self.gsis.taken() <= self.entries_per_move
+    }
+
+    /// Whether pushes take no entries along: for few routes, as long as those are retargeted while they are armed.
+    fn is_kept_small(&self) -> bool {
+        self.has_few_routes() && !self.balance.loads()
     }
 
     /// Loads spare entries with the messages that are likely next.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use super::events::NewEvent;
 use super::format::{SavedState, dicts, nullable_dict};
 use super::gsi::GsiState;
 use super::msi::MsiRoute;
-use super::partition::Partition;
+use super::partition::{Partition, partitions};
 use super::plan::Change;
 use super::route::IrqFdRoute;
 use super::shared::{Intent, Route};
@@ -149,9 +149,22 @@ impl Partition {
         }
         let routes = self.restore_routes(&wanted, false)?;
         if ring_doorbells {
-            self.doorbells().ring(&*self.lock_open()?)?;
+            self.ring_doorbells()?;
         }
         Ok(routes.into_iter().map(|route| (route.gsi(), route)).collect())
+    }
+
+    /// Rings the open doorbells, as the guest does. Not those on a route's eventfd, of this partition or of another one of
+    /// this process: their rings are the route's signals, which are saved as its pending bit.
+    fn ring_doorbells(&self) -> Result {
+        // Held to the end: no other call puts a doorbell's eventfd on a route meanwhile.
+        let all = partitions()?;
+        let mut doorbells = self.doorbells().open(&*self.lock_open()?);
+        for other in all.iter().filter_map(Weak::upgrade) {
+            let state = other.lock();
+            doorbells.retain(|doorbell| state.route_of(&doorbell.event).is_none());
+        }
+        self.doorbells().ring(&*self.lock_open()?, &doorbells)
     }
 
     /// Restores all these routes, with one push at most, or none of them. They are in the order given.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::balance::Balance;
 use super::config::Config;
 use super::entries::Entries;
 use super::error::Failure;
@@ -34,6 +35,7 @@ pub(super) struct State {
     /// The slots that wait to be re-armed, because a rollback could not arm them again.
     pub(super) waiting: Vec<u16>,
     pub(super) habits: Habits,
+    pub(super) balance: Balance,
     /// Whether the next push takes entries along: not after one that the kernel refused.
     pub(super) loads: bool,
     pub(super) trace: Arc<Trace>,
@@ -87,6 +89,7 @@ impl State {
         };
         let spares = config.spare_gsis(hypervisor.has_pins());
         let end = spares.iter().map(|gsi| u32::from(*gsi) + 1).max().unwrap_or(0).max(config.gsis.end);
+        let entries_per_move = if config.quiesce { 0 } else { config.entries_per_move };
         Self {
             hypervisor: Some(hypervisor),
             gsis: GsiAllocator::new(size),
@@ -94,10 +97,11 @@ impl State {
             vps,
             closing: false,
             stats: PartitionStats::default(),
+            balance: Balance::new(spares.len(), entries_per_move),
             entries: Entries::new(end, spares),
             first_gsi: config.gsis.start,
             quiesce: config.quiesce,
-            entries_per_move: if config.quiesce { 0 } else { config.entries_per_move },
+            entries_per_move,
             armed: Vec::with_capacity(size),
             waiting: Vec::new(),
             habits: Habits::default(),

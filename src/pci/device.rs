@@ -4,11 +4,21 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
+use super::vector_state::VectorState;
 use super::vectors::{Faults, Vectors};
-use crate::irqfd::{Error, IrqFdRoute, MsiRoute, Partition, Result};
+use crate::irqfd::{Error, IrqFdRoute, MsiRoute, Partition, Result, SavedState};
 
 /// The registers of a capability, as they are: they make no calls.
-pub trait Registers: Send + std::fmt::Debug {
+pub trait Registers: Send + Sized + std::fmt::Debug {
+    /// The name of the capability in messages.
+    const WHAT: &'static str;
+    /// The saved state of a device.
+    type State: SavedState + Send + Sync;
+
+    /// The registers of a device with so many vectors, in their reset state.
+    fn new(vectors: usize) -> Result<Self>;
+    /// The number of vectors.
+    fn count(&self) -> usize;
     /// Whether a vector may send its message.
     fn is_live(&self, vector: usize) -> bool;
     /// Whether the guest has masked a vector.
@@ -16,6 +26,12 @@ pub trait Registers: Send + std::fmt::Debug {
     /// The message of a vector.
     fn message(&self, vector: usize) -> Result<MsiRoute>;
     fn reset(&mut self);
+    /// The state of a device with these registers, and with these vectors.
+    fn save(&self, vectors: Vec<VectorState>) -> Self::State;
+    /// The registers that were saved.
+    fn restored(state: &Self::State) -> Result<Self>;
+    /// The vectors that were saved.
+    fn vectors(state: &Self::State) -> &[VectorState];
 }
 
 /// What a write changed.
@@ -47,17 +63,13 @@ pub(super) struct State<R> {
 }
 
 impl<R: Registers> Device<R> {
-    /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
-    /// they are first live.
-    pub(super) fn with(
-        partition: Arc<Partition>,
-        what: &'static str,
-        count: usize,
-        events: &[(usize, RawFd)],
-        registers: R,
-    ) -> Result<Self> {
-        let vectors = Arc::new(Vectors::new(partition, what, count, events)?);
-        let state = State { registers, live: vec![false; count].into(), faults: Faults::default() };
+    /// A device in its reset state. `events` are the caller's eventfds, for the vectors that have one: those take a GSI
+    /// at once, the others when they are first live.
+    pub fn new(partition: Arc<Partition>, vectors: usize, events: &[(usize, RawFd)]) -> Result<Self> {
+        let registers = R::new(vectors)?;
+        let live = vec![false; registers.count()].into();
+        let vectors = Arc::new(Vectors::new(partition, R::WHAT, registers.count(), events)?);
+        let state = State { registers, live, faults: Faults::default() };
         Ok(Self { vectors, state: Mutex::new(state) })
     }
 
@@ -132,6 +144,8 @@ pub trait AnyDevice: Send + Sync + std::fmt::Debug {
     fn masked(&self, index: usize) -> Result<bool>;
     /// The vector's route, taken now if need be.
     fn take_route(&self, index: usize) -> Result<&Arc<IrqFdRoute>>;
+    /// Saves the registers and the vectors, as JSON.
+    fn save(&self) -> Result<String>;
     /// Closes the vectors' routes. Continues past errors and reports them at the end.
     fn close(&self) -> Result;
     /// For finalizers: closes. In a forked child closes only the descriptors.
@@ -181,6 +195,10 @@ impl<R: Registers> AnyDevice for Device<R> {
     fn take_route(&self, index: usize) -> Result<&Arc<IrqFdRoute>> {
         let _state = self.lock()?;
         self.vectors.take_masked(index)
+    }
+
+    fn save(&self) -> Result<String> {
+        self.saved()?.to_json()
     }
 
     fn close(&self) -> Result {

@@ -5,15 +5,21 @@
 
 mod access;
 mod device;
+#[cfg(test)]
+#[cfg(shuttle)]
+mod interleavings;
+mod latch;
 mod msi;
 mod msix;
 mod saved;
+mod sync;
 #[cfg(test)]
 mod tests;
+mod vector_state;
 mod vectors;
 
-pub use device::{AnyDevice, Device};
-pub use msi::{MSI_VECTORS, MsiCapability, MsiState};
-pub use msix::{EntryState, MSIX_VECTORS, MsixState, MsixTable};
-pub use saved::VectorState;
+pub use device::{AnyDevice, Device, Registers};
+pub use msi::{MSI_VECTORS, MsiCapability, MsiRegisters, MsiState};
+pub use msix::{EntryState, MSIX_VECTORS, MsixRegisters, MsixState, MsixTable};
+pub use vector_state::VectorState;
 pub use vectors::Vectors;

@@ -4,22 +4,18 @@
 //! section 7.7.1. The numbers below are those of PCI Local Bus 3.0.
 
 use std::ops::Range;
-use std::os::fd::RawFd;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::access;
 use super::device::{AnyDevice, Changed, Device, Registers};
-use super::saved::VectorState;
-use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState, dicts};
+use super::vector_state::VectorState;
+use crate::irqfd::{Error, MsiRoute, Result, SavedState, dicts};
 
 /// The most vectors of a device.
 pub const MSI_VECTORS: usize = 32;
 
 const COUNTS: &str = "1, 2, 4, 8, 16 or 32";
-
-const WHAT: &str = "the MSI capability";
 
 const CAPABILITY_ID: u8 = 0x05;
 /// Message control (section 6.8.1.3). Bits 3:1 are the logarithm of the number of vectors that the device can use.
@@ -59,7 +55,7 @@ pub struct MsiRegisters {
 }
 
 impl MsiRegisters {
-    fn new(vectors: usize) -> Self {
+    fn of(vectors: usize) -> Self {
         let mut writable = [0; PENDING_BITS.start];
         writable[CONTROL].copy_from_slice(&(ENABLE | GRANTED).to_le_bytes());
         writable[ADDRESS].fill(0xFF);
@@ -83,6 +79,19 @@ impl MsiRegisters {
 }
 
 impl Registers for MsiRegisters {
+    const WHAT: &'static str = "the MSI capability";
+    type State = MsiState;
+
+    fn new(vectors: usize) -> Result<Self> {
+        checked(vectors).map(Self::of).ok_or_else(|| {
+            Error::Invalid(format!("vectors {vectors} is not a number of vectors of MSI: give {COUNTS}"))
+        })
+    }
+
+    fn count(&self) -> usize {
+        1 << self.capable
+    }
+
     fn is_live(&self, vector: usize) -> bool {
         self.value(CONTROL) as u16 & ENABLE != 0 && vector < 1 << self.granted() && !self.is_masked(vector)
     }
@@ -101,6 +110,55 @@ impl Registers for MsiRegisters {
         self.bytes[0] = CAPABILITY_ID;
         let control = ADDRESS_64 | MASKING | self.capable << CAPABLE_SHIFT;
         self.bytes[CONTROL].copy_from_slice(&control.to_le_bytes());
+    }
+
+    fn save(&self, vectors: Vec<VectorState>) -> MsiState {
+        let control = self.value(CONTROL) as u16;
+        MsiState {
+            size: self.count() as u32,
+            enabled: control & ENABLE != 0,
+            multiple_message_enable: (control & GRANTED) >> GRANTED_SHIFT,
+            address: self.value(ADDRESS),
+            data: self.value(DATA) as u16,
+            mask_bits: self.value(MASK_BITS) as u32,
+            vectors,
+        }
+    }
+
+    fn restored(state: &MsiState) -> Result<Self> {
+        let count = checked(state.size as usize).ok_or_else(|| {
+            Error::Invalid(format!("size: {} is not a number of vectors of MSI: expected {COUNTS}", state.size))
+        })?;
+        let granted = state.multiple_message_enable;
+        if granted > GRANTED >> GRANTED_SHIFT {
+            return Err(Error::Invalid(format!(
+                "multiple_message_enable: {granted} is out of range; it is 0 to 7"
+            )));
+        }
+        let mut registers = Self::of(count);
+        let enabled = if state.enabled { ENABLE } else { 0 };
+        let control = registers.value(CONTROL) as u16 | enabled | granted << GRANTED_SHIFT;
+        registers.bytes[CONTROL].copy_from_slice(&control.to_le_bytes());
+        for (key, register, value) in [
+            ("address", ADDRESS, state.address),
+            ("data", DATA, state.data.into()),
+            ("mask_bits", MASK_BITS, state.mask_bits.into()),
+        ] {
+            let bytes = &value.to_le_bytes()[..register.len()];
+            for (place, new) in register.clone().zip(bytes) {
+                if (new ^ registers.bytes[place]) & !registers.writable[place] != 0 {
+                    return Err(Error::Invalid(format!(
+                        "{key}: {value:#x} has bits set that no guest can write in this capability"
+                    )));
+                }
+                registers.bytes[place] = *new;
+            }
+        }
+        Ok(registers)
+    }
+
+    fn vectors(state: &MsiState) -> &[VectorState] {
+        &state.vectors
     }
 }
 
@@ -125,74 +183,7 @@ impl SavedState for MsiState {
     const KIND: &'static str = "mshv_irqfd.MsiCapability";
 }
 
-impl MsiRegisters {
-    fn restored(state: &MsiState) -> Result<Self> {
-        let count = checked(state.size as usize).ok_or_else(|| {
-            Error::Invalid(format!("size: {} is not a number of vectors of MSI: expected {COUNTS}", state.size))
-        })?;
-        let granted = state.multiple_message_enable;
-        if granted > GRANTED >> GRANTED_SHIFT {
-            return Err(Error::Invalid(format!(
-                "multiple_message_enable: {granted} is out of range; it is 0 to 7"
-            )));
-        }
-        let mut registers = Self::new(count);
-        let enabled = if state.enabled { ENABLE } else { 0 };
-        let control = registers.value(CONTROL) as u16 | enabled | granted << GRANTED_SHIFT;
-        registers.bytes[CONTROL].copy_from_slice(&control.to_le_bytes());
-        for (key, register, value) in [
-            ("address", ADDRESS, state.address),
-            ("data", DATA, state.data.into()),
-            ("mask_bits", MASK_BITS, state.mask_bits.into()),
-        ] {
-            let bytes = &value.to_le_bytes()[..register.len()];
-            for (place, new) in register.clone().zip(bytes) {
-                if (new ^ registers.bytes[place]) & !registers.writable[place] != 0 {
-                    return Err(Error::Invalid(format!(
-                        "{key}: {value:#x} has bits set that no guest can write in this capability"
-                    )));
-                }
-                registers.bytes[place] = *new;
-            }
-        }
-        Ok(registers)
-    }
-}
-
 impl Device<MsiRegisters> {
-    /// Saves the registers and the vectors.
-    pub fn save(&self) -> Result<MsiState> {
-        let state = self.lock()?;
-        let registers = &state.registers;
-        let control = registers.value(CONTROL) as u16;
-        Ok(MsiState {
-            size: self.vectors().count() as u32,
-            enabled: control & ENABLE != 0,
-            multiple_message_enable: (control & GRANTED) >> GRANTED_SHIFT,
-            address: registers.value(ADDRESS),
-            data: registers.value(DATA) as u16,
-            mask_bits: registers.value(MASK_BITS) as u32,
-            vectors: state.save(self.vectors())?,
-        })
-    }
-
-    /// The capability that was saved. `events` are the caller's eventfds, for vectors that have a GSI in the state.
-    pub fn restore(partition: &Arc<Partition>, state: &MsiState, events: &[(usize, RawFd)]) -> Result<Self> {
-        let registers = MsiRegisters::restored(state)?;
-        Self::restored(partition, WHAT, state.size as usize, registers, &state.vectors, events)
-    }
-
-    /// A capability in its reset state: MSI disabled, no vector masked.
-    ///
-    /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
-    /// they are first live.
-    pub fn new(partition: Arc<Partition>, vectors: usize, events: &[(usize, RawFd)]) -> Result<Self> {
-        let vectors = checked(vectors).ok_or_else(|| {
-            Error::Invalid(format!("vectors {vectors} is not a number of vectors of MSI: give {COUNTS}"))
-        })?;
-        Self::with(partition, WHAT, vectors, events, MsiRegisters::new(vectors))
-    }
-
     /// Reads the capability in configuration space, at an offset from its first byte. An access that is not an aligned
     /// byte, word or dword reads as all ones. The next pointer is 0.
     pub fn read(&self, offset: u64, size: usize) -> Result<u64> {

@@ -4,20 +4,16 @@
 //! in section 7.7.2. The numbers below are those of PCI Local Bus 3.0.
 
 use std::ops::Range;
-use std::os::fd::RawFd;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::access;
 use super::device::{AnyDevice, Changed, Device, Registers};
-use super::saved::VectorState;
-use crate::irqfd::{Error, MsiRoute, Partition, Result, SavedState, dicts};
+use super::vector_state::VectorState;
+use crate::irqfd::{Error, MsiRoute, Result, SavedState, dicts};
 
 /// The most vectors of a device: the size field has 11 bits (section 6.8.2.3).
 pub const MSIX_VECTORS: usize = 2048;
-
-const WHAT: &str = "the MSI-X table";
 
 const CAPABILITY_ID: u8 = 0x11;
 /// Message control (section 6.8.2.3). Bits 10:0 are the number of vectors less one, bits 13:11 are reserved.
@@ -53,6 +49,22 @@ pub struct MsixRegisters {
 }
 
 impl Registers for MsixRegisters {
+    const WHAT: &'static str = "the MSI-X table";
+    type State = MsixState;
+
+    fn new(vectors: usize) -> Result<Self> {
+        if !(1..=MSIX_VECTORS).contains(&vectors) {
+            return Err(Error::Invalid(format!(
+                "vectors {vectors} is out of range; an MSI-X table has 1 to {MSIX_VECTORS}"
+            )));
+        }
+        Ok(Self { entries: vec![RESET; vectors].into(), control: 0 })
+    }
+
+    fn count(&self) -> usize {
+        self.entries.len()
+    }
+
     fn is_live(&self, vector: usize) -> bool {
         self.control & ENABLE != 0 && !self.is_masked(vector)
     }
@@ -69,6 +81,53 @@ impl Registers for MsixRegisters {
     fn reset(&mut self) {
         self.entries.fill(RESET);
         self.control = 0;
+    }
+
+    fn save(&self, vectors: Vec<VectorState>) -> MsixState {
+        let entry = |(vector, [low, high, data, control]): (usize, &Entry)| EntryState {
+            vector: vector as u32,
+            address: u64::from(*high) << 32 | u64::from(*low),
+            data: *data,
+            masked: control & MASK != 0,
+        };
+        let table = self.entries.iter().enumerate().filter(|(_, entry)| **entry != RESET).map(entry).collect();
+        MsixState {
+            size: self.count() as u32,
+            enabled: self.control & ENABLE != 0,
+            function_mask: self.control & FUNCTION_MASK != 0,
+            table,
+            vectors,
+        }
+    }
+
+    fn restored(state: &MsixState) -> Result<Self> {
+        let count = state.size as usize;
+        if !(1..=MSIX_VECTORS).contains(&count) {
+            return Err(Error::Invalid(format!(
+                "size: {count} is out of range; an MSI-X table has 1 to {MSIX_VECTORS}"
+            )));
+        }
+        let mut entries: Box<[Entry]> = vec![RESET; count].into();
+        let mut seen = vec![None; count];
+        for (at, EntryState { vector, address, data, masked }) in state.table.iter().enumerate() {
+            let Some(other) = seen.get_mut(*vector as usize) else {
+                return Err(Error::Invalid(format!(
+                    "table[{at}].vector: {vector} is out of range; the device has vectors 0 to {}",
+                    count - 1
+                )));
+            };
+            if let Some(other) = other.replace(at) {
+                return Err(Error::Invalid(format!("table[{at}].vector: {vector} is that of table[{other}] too")));
+            }
+            let control = if *masked { MASK } else { 0 };
+            entries[*vector as usize] = [*address as u32, (address >> 32) as u32, *data, control];
+        }
+        let control = if state.enabled { ENABLE } else { 0 } | if state.function_mask { FUNCTION_MASK } else { 0 };
+        Ok(Self { entries, control })
+    }
+
+    fn vectors(state: &MsixState) -> &[VectorState] {
+        &state.vectors
     }
 }
 
@@ -120,77 +179,9 @@ impl MsixRegisters {
         }
         control.then_some(Changed { vectors: vector..vector + 1, messages: false })
     }
-
-    fn save_table(&self) -> Vec<EntryState> {
-        let entry = |(vector, [low, high, data, control]): (usize, &Entry)| EntryState {
-            vector: vector as u32,
-            address: u64::from(*high) << 32 | u64::from(*low),
-            data: *data,
-            masked: control & MASK != 0,
-        };
-        self.entries.iter().enumerate().filter(|(_, entry)| **entry != RESET).map(entry).collect()
-    }
-
-    fn restored(state: &MsixState) -> Result<Self> {
-        let count = state.size as usize;
-        if !(1..=MSIX_VECTORS).contains(&count) {
-            return Err(Error::Invalid(format!(
-                "size: {count} is out of range; an MSI-X table has 1 to {MSIX_VECTORS}"
-            )));
-        }
-        let mut entries: Box<[Entry]> = vec![RESET; count].into();
-        let mut seen = vec![None; count];
-        for (at, EntryState { vector, address, data, masked }) in state.table.iter().enumerate() {
-            let Some(other) = seen.get_mut(*vector as usize) else {
-                return Err(Error::Invalid(format!(
-                    "table[{at}].vector: {vector} is out of range; the device has vectors 0 to {}",
-                    count - 1
-                )));
-            };
-            if let Some(other) = other.replace(at) {
-                return Err(Error::Invalid(format!("table[{at}].vector: {vector} is that of table[{other}] too")));
-            }
-            let control = if *masked { MASK } else { 0 };
-            entries[*vector as usize] = [*address as u32, (address >> 32) as u32, *data, control];
-        }
-        let control = if state.enabled { ENABLE } else { 0 } | if state.function_mask { FUNCTION_MASK } else { 0 };
-        Ok(Self { entries, control })
-    }
 }
 
 impl Device<MsixRegisters> {
-    /// Saves the registers and the vectors.
-    pub fn save(&self) -> Result<MsixState> {
-        let state = self.lock()?;
-        Ok(MsixState {
-            size: self.vectors().count() as u32,
-            enabled: state.registers.control & ENABLE != 0,
-            function_mask: state.registers.control & FUNCTION_MASK != 0,
-            table: state.registers.save_table(),
-            vectors: state.save(self.vectors())?,
-        })
-    }
-
-    /// The table that was saved. `events` are the caller's eventfds, for vectors that have a GSI in the state.
-    pub fn restore(partition: &Arc<Partition>, state: &MsixState, events: &[(usize, RawFd)]) -> Result<Self> {
-        let registers = MsixRegisters::restored(state)?;
-        Self::restored(partition, WHAT, state.size as usize, registers, &state.vectors, events)
-    }
-
-    /// A table in its reset state: MSI-X disabled, every vector masked.
-    ///
-    /// `events` are the caller's eventfds, for the vectors that have one: those take a GSI at once, the others when
-    /// they are first unmasked.
-    pub fn new(partition: Arc<Partition>, vectors: usize, events: &[(usize, RawFd)]) -> Result<Self> {
-        if !(1..=MSIX_VECTORS).contains(&vectors) {
-            return Err(Error::Invalid(format!(
-                "vectors {vectors} is out of range; an MSI-X table has 1 to {MSIX_VECTORS}"
-            )));
-        }
-        let registers = MsixRegisters { entries: vec![RESET; vectors].into(), control: 0 };
-        Self::with(partition, WHAT, vectors, events, registers)
-    }
-
     fn table_bytes(&self) -> usize {
         self.vectors().count() * ENTRY
     }

@@ -1,37 +1,17 @@
-//! The saved state of a device's vectors. That of its registers is beside the registers.
+//! A device saved and restored: its vectors. The registers do their part themselves.
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
-use serde::{Deserialize, Serialize};
-
 use super::device::{Device, Registers, State};
+use super::vector_state::VectorState;
 use super::vectors::{Fault, Faults, Vectors};
-use crate::irqfd::{Error, Message, MsiRoute, Partition, Result, RouteState, Wanted, nullable, nullable_dict};
-
-/// The state of a vector that has a route, a signal or a fault.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VectorState {
-    pub vector: u32,
-    /// Its route's GSI, if it has a route.
-    #[serde(deserialize_with = "nullable")]
-    pub gsi: Option<u32>,
-    /// The message that it had when it became live, which may differ from what the registers have now: it is armed with
-    /// that unless it has a fault. None if it is not live, or if that is no MSI.
-    #[serde(deserialize_with = "nullable_dict")]
-    pub msi: Option<Message>,
-    /// Whether a signal waits for it to be armed.
-    pub pending: bool,
-    /// Why it is live and not armed.
-    #[serde(deserialize_with = "nullable")]
-    pub fault: Option<String>,
-}
+use crate::irqfd::{Error, Message, MsiRoute, Partition, Result, RouteState, Wanted};
 
 impl<R: Registers> State<R> {
     /// Saves the vectors. The caller holds the lock of the registers.
-    pub(super) fn save(&self, vectors: &Vectors) -> Result<Vec<VectorState>> {
+    fn save(&self, vectors: &Vectors) -> Result<Vec<VectorState>> {
         let routes: Vec<_> = vectors.taken().map(|(_, route)| &**route).collect();
         let saved = vectors.partition().save_routes(&routes)?;
         let routes: BTreeMap<_, _> = saved.iter().map(|route| (route.gsi, route)).collect();
@@ -62,17 +42,17 @@ impl<R: Registers> State<R> {
 }
 
 impl<R: Registers> Device<R> {
-    /// A device with restored registers, and vectors that are armed, disarmed, pending and faulty as they were: all of
-    /// it, with one push at most, or nothing. `events` are the caller's eventfds, for vectors that have a GSI.
-    pub(super) fn restored(
-        partition: &Arc<Partition>,
-        what: &'static str,
-        count: usize,
-        registers: R,
-        states: &[VectorState],
-        events: &[(usize, RawFd)],
-    ) -> Result<Self> {
-        let live: Box<[bool]> = (0..count).map(|index| registers.is_live(index)).collect();
+    /// The state of the registers and the vectors.
+    pub fn saved(&self) -> Result<R::State> {
+        let state = self.lock()?;
+        Ok(state.registers.save(state.save(&self.vectors)?))
+    }
+
+    /// The device that was saved, with vectors that are armed, disarmed, pending and faulty as they were: all of it, with
+    /// one push at most, or nothing. `events` are the caller's eventfds, for vectors that have a GSI in the state.
+    pub fn restore(partition: &Arc<Partition>, state: &R::State, events: &[(usize, RawFd)]) -> Result<Self> {
+        let (registers, states) = (R::restored(state)?, R::vectors(state));
+        let live: Box<[bool]> = (0..registers.count()).map(|index| registers.is_live(index)).collect();
         check(&live, states)?;
         let faults = faults(states)?;
         let mut events: BTreeMap<_, _> = events.iter().copied().collect();
@@ -91,7 +71,7 @@ impl<R: Registers> Device<R> {
             )));
         }
         let routes = partition.restore_routes(&wanted, true)?;
-        let vectors = Vectors::restored(Arc::clone(partition), what, count);
+        let vectors = Vectors::restored(Arc::clone(partition), R::WHAT, live.len());
         for (index, route) in indexes.into_iter().zip(routes) {
             vectors.give(index, route);
         }

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 
+use super::latch::Latch;
 use crate::hypervisor::{CallError, Operation};
 use crate::irqfd::{Batch, Error, Event, Failure, GsiState, IrqFdRoute, MsiRoute, Partition, Result};
 
@@ -34,13 +35,8 @@ pub struct Vectors {
     closed: AtomicBool,
 }
 
-#[derive(Debug, Default)]
-struct Vector {
-    /// Taken when the vector is first used, and kept until the device is closed.
-    route: OnceLock<Arc<IrqFdRoute>>,
-    /// A signal from before the route was taken.
-    latched: AtomicBool,
-}
+/// Its route is taken when the vector is first used, and kept until the device is closed.
+type Vector = Latch<Arc<IrqFdRoute>>;
 
 /// An arming with a message, or a disarming.
 struct Step<'a> {
@@ -81,7 +77,7 @@ impl Vectors {
         for (index, fd) in events {
             let route = Arc::new(partition.new_device_route(Some(*fd))?);
             route.mask()?;
-            if each[*index].route.set(route).is_err() {
+            if each[*index].give(route).is_err() {
                 return Err(Error::Invalid(format!("vector {index} has two eventfds in events; give one")));
             }
         }
@@ -95,7 +91,8 @@ impl Vectors {
     }
 
     pub(super) fn give(&self, index: usize, route: IrqFdRoute) {
-        self.each[index].route.get_or_init(|| Arc::new(route));
+        // No route has been taken yet.
+        let _given = self.each[index].give(Arc::new(route));
     }
 
     pub fn partition(&self) -> &Arc<Partition> {
@@ -119,7 +116,7 @@ impl Vectors {
 
     /// The vector's route, if it has been taken.
     pub fn route(&self, index: usize) -> Option<&Arc<IrqFdRoute>> {
-        self.each[index].route.get()
+        self.each[index].route()
     }
 
     /// The vectors whose routes have been taken.
@@ -141,19 +138,8 @@ impl Vectors {
     /// The vector's route, taken now if need be. A new one is unmasked and has no message. The caller holds the
     /// lock of the registers.
     fn take(&self, index: usize) -> Result<&Arc<IrqFdRoute>> {
-        let Vector { route, latched } = &self.each[index];
-        let route = match route.get() {
-            Some(route) => route,
-            None => {
-                let new = Arc::new(self.partition.new_device_route(None)?);
-                route.get_or_init(|| new)
-            }
-        };
-        // After the route is there for all to see: see `signal`.
-        if latched.swap(false, Ordering::AcqRel) {
-            route.signal(1)?;
-        }
-        Ok(route)
+        let new = || Ok(Arc::new(self.partition.new_device_route(None)?));
+        self.each[index].take(new, |route| route.signal(1))
     }
 
     /// As `signal`, unless that could block; see [`IrqFdRoute::try_signal`].
@@ -166,37 +152,29 @@ impl Vectors {
 
     /// Signals a vector: sends its message if it is armed, otherwise leaves a signal pending. Takes no lock.
     pub fn signal(&self, index: usize) -> Result {
-        let Vector { route, latched } = &self.each[index];
-        if let Some(route) = route.get() {
+        if let Some(route) = self.route(index) {
             return route.signal(1);
         }
         self.check_open()?;
-        // Of this swap and that in `take`, the later one sees the other's work, and so the signal reaches the eventfd.
-        latched.swap(true, Ordering::AcqRel);
-        match route.get() {
-            Some(route) if latched.swap(false, Ordering::AcqRel) => route.signal(1),
-            _ => Ok(()),
-        }
+        self.each[index].latch(|route| route.signal(1))
     }
 
     /// Whether a signal waits for the vector to take a route.
     pub(super) fn is_latched(&self, index: usize) -> bool {
-        self.each[index].latched.load(Ordering::Acquire)
+        self.each[index].is_latched()
     }
 
     /// Whether a signal waits for the vector to be armed. Takes no lock.
     pub fn pending(&self, index: usize) -> Result<bool> {
         self.check_open()?;
-        let Vector { route, latched } = &self.each[index];
-        Ok(latched.load(Ordering::Acquire) || route.get().map_or(Ok(false), |route| route.pending())?)
+        Ok(self.is_latched(index) || self.route(index).map_or(Ok(false), |route| route.pending())?)
     }
 
     /// The pending bits of some vectors, the first lowest: 64 of them at most. Takes no lock.
     pub(super) fn pending_bits(&self, vectors: Range<usize>) -> u64 {
         let pending = |index: &usize| {
-            let Vector { route, latched } = &self.each[*index];
             // A route that is closed, or whose eventfd other code has closed, will never send anything.
-            latched.load(Ordering::Acquire) || route.get().is_some_and(|route| route.pending().unwrap_or(false))
+            self.is_latched(*index) || self.route(*index).is_some_and(|route| route.pending().unwrap_or(false))
         };
         let (first, end) = (vectors.start, vectors.end.min(self.count()));
         (first..end).filter(pending).fold(0, |bits, index| bits | 1 << (index - first))
@@ -206,9 +184,8 @@ impl Vectors {
     /// interrupt has gone.
     pub fn consume_pending(&self, index: usize) -> Result<bool> {
         self.check_open()?;
-        let Vector { route, latched } = &self.each[index];
-        let from_latch = latched.swap(false, Ordering::AcqRel);
-        Ok(route.get().map_or(Ok(false), |route| route.consume_pending())? || from_latch)
+        let from_latch = self.each[index].clear();
+        Ok(self.route(index).map_or(Ok(false), |route| route.consume_pending())? || from_latch)
     }
 
     /// Arms vectors with their messages, with one push at most unless the kernel refuses a call. The vectors that

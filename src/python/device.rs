@@ -1,5 +1,6 @@
 //! What `MsixTable` and `MsiCapability` have in common in Python, and their vectors.
 
+use std::os::fd::RawFd;
 use std::sync::{Arc, PoisonError, Weak};
 
 use pyo3::exceptions::PyIndexError;
@@ -9,11 +10,13 @@ use pyo3::sync::{MutexExt, PyOnceLock};
 use pyo3::types::{PyIterator, PyList, PyTuple, PyType};
 
 use super::errors::exception_of;
-use super::log::{self, logged};
+use super::log::logged;
 use super::objects::{
-    Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, TakenRoute, Vector, Vectors,
+    Device, DeviceRoutes, IrqFdRoute, MsiVector, MsixTable, MsixVector, Partition, RestoredDevice, TakenRoute,
+    Vector, Vectors,
 };
 use super::waiting::{self, Watch};
+use super::{arguments, saved};
 use crate::{irqfd, pci};
 
 impl Partition {
@@ -74,6 +77,37 @@ impl Device {
     }
 }
 
+/// The device of a new Python object: a new one with so many `vectors`, or the restored one that stands in their place.
+/// `range` says which numbers are valid.
+pub(super) fn core<R: pci::Registers + 'static>(
+    py: Python<'_>,
+    partition: &Arc<irqfd::Partition>,
+    vectors: &Bound<'_, PyAny>,
+    events: Option<&Bound<'_, PyAny>>,
+    range: &str,
+) -> PyResult<Arc<pci::Device<R>>> {
+    let restored = vectors.cast::<RestoredDevice>().ok().map(|restored| Arc::clone(&restored.get().0));
+    if let Some(Ok(device)) = restored.map(Arc::downcast) {
+        return Ok(device);
+    }
+    let vectors = arguments::number(vectors, "vectors", range)?.try_into().unwrap_or(usize::MAX);
+    let events = events.map_or(Ok(Vec::new()), arguments::events)?;
+    let device = logged(py, partition, || pci::Device::new(Arc::clone(partition), vectors, &events))?;
+    Ok(Arc::new(device))
+}
+
+/// Makes the device of a saved state.
+fn restored<R: pci::Registers + 'static>(
+    py: Python<'_>,
+    partition: &Arc<irqfd::Partition>,
+    state: &Bound<'_, PyAny>,
+    events: &[(usize, RawFd)],
+) -> PyResult<RestoredDevice> {
+    let state = saved::from_dict(state)?;
+    let device = logged(py, partition, || pci::Device::<R>::restore(partition, &state, events))?;
+    Ok(RestoredDevice(Arc::new(device)))
+}
+
 /// Faults for Python.
 fn listed<'py>(py: Python<'py>, faults: &[(usize, Arc<irqfd::Error>)]) -> PyResult<Bound<'py, PyList>> {
     PyList::new(py, faults.iter().map(|(index, error)| (*index, exception_of(error))))
@@ -126,6 +160,59 @@ impl Device {
         listed(py, &faults)
     }
 
+    /// Saves the registers and the vectors, for a snapshot or a migration.
+    ///
+    /// Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
+    /// disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
+    ///
+    /// Returns:
+    ///     A dict of values that JSON has.
+    ///
+    /// Raises:
+    ///     RouteBrokenError: a vector's route is broken.
+    ///     IrqFdError: the kernel refused to disarm a vector, or to arm it again.
+    fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let state = logged(py, &self.partition.get().core, || self.core.save())?;
+        saved::to_dict(py, state)
+    }
+
+    /// The device that was saved, with its registers, GSIs and pending signals, or an error and no change.
+    ///
+    /// Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
+    /// delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
+    /// with the same text, until the guest unmasks it again.
+    ///
+    /// Args:
+    ///     partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
+    ///         which could take their GSIs.
+    ///     state: the dict that `save()` returned, as it was or from JSON.
+    ///     events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
+    ///         each vector makes a new one.
+    ///
+    /// Raises:
+    ///     ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
+    ///         `partition.gsis`. The message names the key and the rule.
+    ///     MissingVpError: no VP has the destination of a vector that is to be armed.
+    ///     RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
+    #[classmethod]
+    #[pyo3(signature = (partition, state, *, events=None))]
+    fn restore<'py>(
+        class: &Bound<'py, PyType>,
+        partition: &Bound<'py, Partition>,
+        state: &Bound<'py, PyAny>,
+        events: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = class.py();
+        let events = events.map_or(Ok(Vec::new()), arguments::events)?;
+        let core = &partition.get().core;
+        let device = if class.is_subclass_of::<MsixTable>()? {
+            restored::<pci::MsixRegisters>(py, core, state, &events)
+        } else {
+            restored::<pci::MsiRegisters>(py, core, state, &events)
+        };
+        class.call1((partition, device?))
+    }
+
     /// Disarms the vectors, frees their GSIs and closes their eventfds. Never pushes. Closing twice is fine.
     ///
     /// Raises:
@@ -145,26 +232,14 @@ impl Device {
         !self.routes.vectors.is_closed() && self.routes.vectors.partition().check_open().is_ok()
     }
 
-    /// For finalizers: closes. In a forked child closes only the descriptors.
+    /// For finalizers and `with` blocks: closes. In a forked child closes only the descriptors.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.abandon())?)
+        logged(py, &self.partition.get().core, || self.core.abandon())
     }
 
     /// For the garbage collector: an instance of a subclass may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.partition)
-    }
-
-    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
-        slf
-    }
-
-    /// Closes. In a forked child, where close() would raise, closes only the descriptors.
-    #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        let abandoned = self._abandon(py);
-        log::emit(py, &self.partition.get().core)?;
-        abandoned
     }
 }
 

@@ -8,7 +8,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
 use super::arguments;
-use super::log::{self, logged};
+use super::log::logged;
 use super::objects::{IoEventFd, Partition};
 use super::waiting::{self, Watch};
 
@@ -136,7 +136,7 @@ impl IoEventFd {
     ///     IoEventFdError: the kernel refused. The doorbell is closed nevertheless. Its address stays taken, and
     ///         closing the partition tries once more.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        logged(py, &self.partition.get().core, || self.doorbell.close())
+        logged(py, self.doorbell.partition(), || self.doorbell.close())
     }
 
     /// Whether it is closed.
@@ -150,26 +150,14 @@ impl IoEventFd {
         !self.doorbell.is_closed() && self.doorbell.partition().check_owner().is_ok()
     }
 
-    /// For finalizers: closes. In a forked child closes only the descriptor.
+    /// For finalizers and `with` blocks: closes. In a forked child closes only the descriptor.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.doorbell.abandon())?)
+        logged(py, self.doorbell.partition(), || self.doorbell.abandon())
     }
 
     /// For the garbage collector: an instance of a subclass may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.partition)
-    }
-
-    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
-        slf
-    }
-
-    /// Closes. In a forked child, where close() would raise, closes only the descriptor.
-    #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        let abandoned = self._abandon(py);
-        log::emit(py, &self.partition.get().core)?;
-        abandoned
     }
 
     fn __repr__(&self) -> String {

@@ -224,17 +224,8 @@ impl EventFd {
         }
     }
 
-    /// For finalizers: closes.
+    /// For finalizers and `with` blocks: closes.
     fn _abandon(&self, py: Python<'_>) {
-        self.close(py);
-    }
-
-    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
-        slf
-    }
-
-    #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) {
         self.close(py);
     }
 

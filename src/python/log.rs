@@ -1,7 +1,8 @@
 //! What goes to Python's `logging`, under the name `mshv_irqfd`: calls at DEBUG, refused ones at WARNING.
 //!
-//! Records are emitted after a call, attached and with no lock held. A program that has not imported `logging` logs
-//! nothing, and is spared the import.
+//! Records are emitted after a call, attached and with no lock held, but before it returns. So whatever may make a call
+//! into the kernel goes through `logged`. A program that has not imported `logging` logs nothing, and is spared the
+//! import. Once the interpreter ends, nothing is logged: `logging` may have lost its names before the last finalizer runs.
 
 use pyo3::exceptions::PyException;
 use pyo3::intern;
@@ -30,9 +31,16 @@ fn logger(py: Python<'_>) -> PyResult<Option<&Bound<'_, PyAny>>> {
     Ok(Some(LOGGER.get_or_init(py, || logger.unbind()).bind(py)))
 }
 
+/// Whether the interpreter ends.
+fn is_finalizing(py: Python<'_>) -> PyResult<bool> {
+    // Looked up when a partition is opened: in the end, modules can't be imported.
+    static FUNCTION: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    FUNCTION.import(py, "sys", "is_finalizing")?.call0()?.is_truthy()
+}
+
 /// Whether the logger takes records of calls.
 pub(super) fn wants_calls(py: Python<'_>) -> bool {
-    let wants = logger(py).and_then(|logger| match logger {
+    let wants = is_finalizing(py).and_then(|_| logger(py)).and_then(|logger| match logger {
         Some(logger) => logger.call_method1(intern!(py, "isEnabledFor"), (DEBUG,))?.is_truthy(),
         None => Ok(false),
     });
@@ -59,7 +67,7 @@ pub(super) fn logged<T: Send>(
 }
 
 /// Logs the events of a partition. A log that fails is no failure of the call, but Ctrl-C meanwhile is.
-pub(super) fn emit(py: Python<'_>, partition: &Partition) -> PyResult<()> {
+fn emit(py: Python<'_>, partition: &Partition) -> PyResult<()> {
     if !partition.trace().is_waiting() || partition.check_owner().is_err() {
         return Ok(());
     }
@@ -72,6 +80,9 @@ pub(super) fn emit(py: Python<'_>, partition: &Partition) -> PyResult<()> {
 }
 
 fn write(py: Python<'_>, partition: &Partition, events: &[Event]) -> PyResult<()> {
+    if is_finalizing(py)? {
+        return Ok(());
+    }
     let Some(logger) = logger(py)? else { return Ok(()) };
     let name = match partition.fileno() {
         Ok(fd) => format!("{} fd={fd}", partition.config().backend),

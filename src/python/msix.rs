@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyType};
+use pyo3::types::PyBytes;
 
 use super::log::logged;
-use super::objects::{Device, MsixTable, Partition, RestoredTable};
-use super::{arguments, saved};
+use super::objects::{Device, MsixTable, Partition};
+use super::{arguments, device};
 use crate::pci::{self, AnyDevice};
 
 #[pymethods]
@@ -20,66 +20,10 @@ impl MsixTable {
         vectors: &Bound<'_, PyAny>,
         events: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        let core = if let Ok(restored) = vectors.cast::<RestoredTable>() {
-            Arc::clone(&restored.get().0)
-        } else {
-            let vectors = arguments::number(vectors, "vectors", "an MSI-X table has 1 to 2048")?;
-            let events = events.map_or(Ok(Vec::new()), arguments::events)?;
-            let core = Arc::clone(&partition.get().core);
-            let vectors = vectors.try_into().unwrap_or(usize::MAX);
-            Arc::new(py.detach(|| pci::MsixTable::new(core, vectors, &events))?)
-        };
+        let core: Arc<pci::MsixTable> =
+            device::core(py, &partition.get().core, vectors, events, "an MSI-X table has 1 to 2048")?;
         let device = Device::of(partition, Arc::clone(&core) as Arc<dyn pci::AnyDevice>);
         Ok(PyClassInitializer::from(device).add_subclass(Self(core)))
-    }
-
-    /// Saves the registers and the vectors, for a snapshot or a migration.
-    ///
-    /// Says of each vector whether a signal is pending, as `Partition.save()` does for routes: takes nothing away, and
-    /// disarms each vector for a moment. The page "Saved state" of the docs describes it, key by key.
-    ///
-    /// Returns:
-    ///     A dict of values that JSON has.
-    ///
-    /// Raises:
-    ///     RouteBrokenError: a vector's route is broken.
-    ///     IrqFdError: the kernel refused to disarm a vector, or to arm it again.
-    fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let state = logged(py, self.0.vectors().partition(), || self.0.save())?;
-        saved::to_dict(py, &state)
-    }
-
-    /// The table that was saved, with its registers, GSIs and pending signals, or an error and no change.
-    ///
-    /// Arms the vectors that were armed, with the MSIs that they had, by one push at most. A pending signal is
-    /// delivered once: now if the vector is armed, or when it is. A vector that had a fault keeps it, as a `ValueError`
-    /// with the same text, until the guest unmasks it again.
-    ///
-    /// Args:
-    ///     partition: the partition that gets the interrupts. Restore all states before making routes or other devices,
-    ///         which could take their GSIs.
-    ///     state: the dict that `save()` returned, as it was or from JSON.
-    ///     events: eventfds of the caller's for vectors that have a GSI in the state, as for a new device. By default
-    ///         each vector makes a new one.
-    ///
-    /// Raises:
-    ///     ValueError, TypeError, OverflowError: the state or `events` is invalid, or a GSI is taken or not one of
-    ///         `partition.gsis`. The message names the key and the rule.
-    ///     MissingVpError: no VP has the destination of a vector that is to be armed.
-    ///     RoutingError, IrqFdError: the kernel refused, or an eventfd can't be made (EMFILE) or is not open (EBADF).
-    #[classmethod]
-    #[pyo3(signature = (partition, state, *, events=None))]
-    fn restore<'py>(
-        class: &Bound<'py, PyType>,
-        partition: &Bound<'py, Partition>,
-        state: &Bound<'py, PyAny>,
-        events: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let state = saved::from_dict(state)?;
-        let events = events.map_or(Ok(Vec::new()), arguments::events)?;
-        let core = &partition.get().core;
-        let device = class.py().detach(|| pci::MsixTable::restore(core, &state, &events))?;
-        class.call1((partition, RestoredTable(Arc::new(device))))
     }
 
     /// Reads the table, for the guest.

@@ -1,5 +1,6 @@
 //! The Python classes and their fields. The methods of each are in a file of its own, which imports this one.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -143,6 +144,10 @@ pub(crate) struct Device {
     pub(super) partition: Py<Partition>,
 }
 
+/// A restored `pci::Device`, on its way into the Python object of its class.
+#[pyclass(frozen)]
+pub(super) struct RestoredDevice(pub(super) Arc<dyn Any + Send + Sync>);
+
 /// A device's MSI-X capability: the registers of its guest driver, and a route for each vector that is used.
 ///
 /// The registers are the table, the pending bits and message control (PCI Local Bus 3.0 section 6.8.2, PCI Express
@@ -196,10 +201,6 @@ pub(crate) struct Device {
 #[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
 pub(crate) struct MsixTable(pub(super) Arc<pci::MsixTable>);
 
-/// A restored table, on its way into an `MsixTable`.
-#[pyclass(frozen)]
-pub(super) struct RestoredTable(pub(super) Arc<pci::MsixTable>);
-
 /// A device's MSI capability: the registers of its guest driver, and a route for each vector that is used.
 ///
 /// It has 64-bit addresses and a mask bit for each vector (PCI Local Bus 3.0 section 6.8.1, PCI Express 5.0 section
@@ -233,10 +234,6 @@ pub(super) struct RestoredTable(pub(super) Arc<pci::MsixTable>);
 ///     >>> partition.close()
 #[pyclass(frozen, subclass, extends = Device, module = "mshv_irqfd._core")]
 pub(crate) struct MsiCapability(pub(super) Arc<pci::MsiCapability>);
-
-/// A restored capability, on its way into an `MsiCapability`.
-#[pyclass(frozen)]
-pub(super) struct RestoredCapability(pub(super) Arc<pci::MsiCapability>);
 
 /// The vectors of a device, by number.
 #[pyclass(frozen, sequence, module = "mshv_irqfd._core")]

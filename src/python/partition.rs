@@ -16,7 +16,7 @@ use super::objects::{Batch, IoEventFd, IrqFdRoute, Partition, TakenRoute};
 use super::{arguments, msi, saved, values};
 use crate::hypervisor::trigger::Trigger;
 use crate::hypervisor::{Backend, Operation, UnknownBackend};
-use crate::irqfd::{self, AdoptOptions, Options};
+use crate::irqfd::{self, AdoptOptions, Options, SavedState};
 
 impl Partition {
     /// Lists a route's object among the partition's.
@@ -101,7 +101,8 @@ impl Partition {
     /// Whether every push, arming and disarming is logged, with its reason: at DEBUG, by the logger `mshv_irqfd`.
     ///
     /// Set at opening if that logger takes such records by then. Calls that the kernel refused are logged always, at
-    /// WARNING. Records are emitted after the call that they are about, in the thread that made it or another one.
+    /// WARNING. Records are emitted once a call is over and before it returns, unless another thread is emitting them
+    /// just then. When the interpreter ends, finalizers log nothing.
     #[getter]
     fn log_calls(&self) -> bool {
         self.core.trace().calls()
@@ -290,8 +291,8 @@ impl Partition {
     ///     RouteBrokenError: a route is broken. Close it.
     ///     IrqFdError: the kernel refused to disarm a route, or to arm it again.
     fn save<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let state = logged(py, &self.core, || self.core.save())?;
-        saved::to_dict(py, &state)
+        let state = logged(py, &self.core, || self.core.save()?.to_json())?;
+        saved::to_dict(py, state)
     }
 
     /// Makes the routes of a saved state, with their GSIs, masks, MSIs and pending signals, or changes nothing.
@@ -303,8 +304,9 @@ impl Partition {
     ///     state: the dict that `save()` returned, as it was or from JSON.
     ///     events: the caller's eventfds, in a mapping from GSIs, each an int or an object with `fileno()`. The routes
     ///         duplicate them, and deliver what is pending in them. By default each route makes a new eventfd.
-    ///     ring_doorbells: whether to ring every open doorbell of the partition once, after that. No state has the
-    ///         rings that were in flight, so a device should look at each of its queues when it resumes.
+    ///     ring_doorbells: whether to ring every open doorbell of the partition once, after that, but for those on the
+    ///         eventfd of a route, of any partition of this process. No state has the rings that were in flight, so a
+    ///         device should look at each of its queues when it resumes.
     ///
     /// Returns:
     ///     The routes by GSI, in a dict ordered by GSI.
@@ -435,7 +437,7 @@ impl Partition {
     }
 
     fn _settle(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.settle())?)
+        logged(py, &self.core, || self.core.settle())
     }
 
     fn _write_mmio(&self, py: Python<'_>, address: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<bool> {
@@ -465,21 +467,19 @@ impl Partition {
         self.core.check_open().is_ok()
     }
 
-    /// For finalizers: closes. Does nothing in a forked child, where dropping the object closes its descriptors.
+    /// For finalizers and `with` blocks: closes. In a forked child nothing: the drop closes descriptors.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.core.abandon())?)
+        logged(py, &self.core, || self.core.abandon())
     }
 
+    // Here too: the bench's partition has no Python half.
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
         slf
     }
 
-    /// Closes. Does nothing in a forked child, where close() would raise.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        let abandoned = self._abandon(py);
-        log::emit(py, &self.core)?;
-        abandoned
+        self._abandon(py)
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
-use super::log::{self, logged};
+use super::log::logged;
 use super::objects::{IrqFdRoute, Partition, TakenRoute};
 use super::waiting::{self, Watch};
 use super::{arguments, msi, values};
@@ -245,26 +245,14 @@ impl IrqFdRoute {
         !self.of_device && !self.route.is_closed() && self.route.partition().check_owner().is_ok()
     }
 
-    /// For finalizers: closes. In a forked child closes only the descriptor.
+    /// For finalizers and `with` blocks: closes. In a forked child closes only the descriptor.
     fn _abandon(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.route.abandon())?)
+        logged(py, self.route.partition(), || self.route.abandon())
     }
 
     /// For the garbage collector: an instance of a subclass may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.partition)
-    }
-
-    fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
-        slf
-    }
-
-    /// Closes. In a forked child, where close() would raise, closes only the descriptor.
-    #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyAny>) -> PyResult<()> {
-        let abandoned = self._abandon(py);
-        log::emit(py, self.route.partition())?;
-        abandoned
     }
 
     fn __repr__(&self) -> String {

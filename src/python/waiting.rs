@@ -18,9 +18,9 @@ impl Watch {
         Self(Mutex::new(Some(watch)))
     }
 
-    fn descriptor(&self, py: Python<'_>, which: fn(&waiters::Watch) -> RawFd) -> PyResult<RawFd> {
+    fn look<T>(&self, py: Python<'_>, look: fn(&waiters::Watch) -> T) -> PyResult<T> {
         let watch = self.0.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
-        watch.as_ref().map(which).ok_or_else(|| ClosedError::new_err("the watch is closed"))
+        watch.as_ref().map(look).ok_or_else(|| ClosedError::new_err("the watch is closed"))
     }
 }
 
@@ -29,13 +29,19 @@ impl Watch {
     /// A descriptor that is readable while the eventfd is.
     #[getter]
     fn signalled(&self, py: Python<'_>) -> PyResult<RawFd> {
-        self.descriptor(py, waiters::Watch::signalled)
+        self.look(py, waiters::Watch::signalled)
     }
 
     /// A descriptor that is readable once the eventfd is closed or replaced.
     #[getter]
     fn changed(&self, py: Python<'_>) -> PyResult<RawFd> {
-        self.descriptor(py, waiters::Watch::changed)
+        self.look(py, waiters::Watch::changed)
+    }
+
+    /// Whether this process began it. A forked child has a copy of the loop, and the parent's epoll set.
+    #[getter]
+    fn is_own(&self, py: Python<'_>) -> PyResult<bool> {
+        self.look(py, waiters::Watch::is_own)
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {

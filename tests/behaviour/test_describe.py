@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from typing import TYPE_CHECKING
 
 import pytest
 from mshv_irqfd import MsiRoute, MsixTable
-from support import msi
+from support import close_as_someone_else, msi
 
 if TYPE_CHECKING:
     from backends import Guest
@@ -68,3 +70,18 @@ def test_rich_shows_a_table(guest: Guest) -> None:
     assert "vector 0x41 to APIC 0" in shown
     assert "┃ GSI" in shown
     assert "<" in shown.splitlines()[0]
+
+
+def test_a_copy_is_the_text(guest: Guest) -> None:
+    shown = guest.partition.describe()
+    for copied in (copy.copy(shown), copy.deepcopy(shown), pickle.loads(pickle.dumps(shown))):
+        assert copied == shown
+        assert type(copied) is str
+
+
+@pytest.mark.thread_unsafe(reason="a closed number goes to whichever thread opens the next descriptor")
+def test_a_route_whose_descriptor_other_code_has_closed_has_a_line(guest: Guest) -> None:
+    with guest.partition.new_irqfd_route() as route:
+        close_as_someone_else(route.fileno())
+        line = guest.partition.describe().splitlines()[2].split()
+    assert line == [str(route.gsi), "DISABLED", "-", "-", "-", "-", "?"]

@@ -18,7 +18,7 @@ from support import msi
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from backends import Guest
+    from backends import Guest, KvmGuest
     from faults import Faults
 
     Open = Callable[..., Guest]
@@ -67,6 +67,16 @@ def test_a_push_is_logged_with_what_is_disarmed_for_it(open_guest: Open, caplog:
     assert again == f"armed GSI {first.gsi}: the push is over"
     first.close()
     second.close()
+
+
+def test_on_kvm_settling_is_logged_at_once(kvm: KvmGuest, caplog: pytest.LogCaptureFixture) -> None:
+    kvm.partition.log_calls = True
+    with caplog.at_level(logging.DEBUG, NAME), kvm.partition.new_irqfd_route() as route:
+        route.set_msi(msi(0x41))
+        said(caplog)
+        kvm.partition.settle()
+        why = "the interrupts on their way are waited for"
+        assert said(caplog) == [f"disarmed GSI {route.gsi}: {why}", f"armed GSI {route.gsi}: {why}"]
 
 
 def test_a_move_names_the_gsi_where_the_message_is(loaded: Guest, caplog: pytest.LogCaptureFixture) -> None:

@@ -376,8 +376,6 @@ def test_without_proc_closing_releases_every_descriptor(backend: Backend) -> Non
         pytest.skip("needs root, to start a program without /proc: run as root")
     code = f"""
 import os
-import signal
-import threading
 from mshv_irqfd import MsiRoute, open_partition
 def files():
     found = []

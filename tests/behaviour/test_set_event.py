@@ -7,6 +7,7 @@ import fcntl
 import os
 import threading
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -354,6 +355,94 @@ def test_a_masked_route_whose_eventfd_was_closed_by_other_code_gets_another(gues
         os.eventfd_write(theirs, 1)
         guest.receives(msi(0x41))
         os.close(reused)
+
+
+@contextmanager
+def replaced_by_other_code(route: IrqFdRoute, new: int) -> Iterator[int]:
+    """Other code closes a route's descriptor, and its number becomes the caller's descriptor of another eventfd."""
+    number = route.fileno()
+    os.dup2(new, number, inheritable=False)
+    yield number
+    # It is open still.
+    os.eventfd_write(number, 1)
+    os.close(number)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "theirs"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_masked_route_whose_number_other_code_gave_to_the_new_eventfd_gets_that(
+    guest: Guest, theirs: int, *, own: bool, batched: bool
+) -> None:
+    new = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    with guest.partition.new_irqfd_route(event=None if own else theirs) as route:
+        route.set_msi(msi(0x41))
+        route.mask()
+        with replaced_by_other_code(route, new) as number:
+            if batched:
+                with guest.partition.batch() as batch:
+                    batch.set_event(route, number)
+            else:
+                route.set_event(number)
+            assert route.fileno() != number
+            assert not route.pending
+            os.eventfd_write(new, 1)
+            assert route.pending
+            route.unmask()
+            guest.receives(msi(0x41))
+            os.eventfd_write(theirs, 1)
+            guest.receives_nothing()
+            route.close()
+    os.close(new)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["new", "theirs"])
+def test_an_armed_route_whose_number_is_another_files_by_now_keeps_its_eventfd(
+    guest: Guest, theirs: int, *, new: bool
+) -> None:
+    """Without its descriptor it can't be disarmed. A kernel asked to disarm that number would say that it has."""
+    mine, other = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
+    route = guest.partition.new_irqfd_route(event=mine)
+    route.set_msi(msi(0x41))
+    with replaced_by_other_code(route, theirs) as number:
+        with pytest.raises(IrqFdError, match="closed by other code") as refused:
+            route.set_event(None if new else other)
+        assert refused.value.errno == errno.EBADF
+        assert (route.fileno(), route.armed) == (number, True)
+        os.close(mine)
+        close_as_someone_else(number)
+        with pytest.raises(IrqFdError):
+            route.close()
+        os.dup2(other, number, inheritable=False)
+    os.close(other)
+    still_works(guest)
+
+
+def eventfd_id(fd: int) -> str:
+    """The kernel's number of an eventfd."""
+    (line,) = [
+        line for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if line.startswith("eventfd-id")
+    ]
+    return line
+
+
+def test_a_route_whose_eventfd_is_gone_takes_one_that_the_kernel_gave_the_same_id(guest: Guest) -> None:
+    route = guest.partition.new_irqfd_route()
+    fd = route.fileno()
+    gone = eventfd_id(fd)
+    with Path(os.devnull).open() as null:
+        os.dup2(null.fileno(), fd, inheritable=False)
+    with ExitStack() as stack:
+        for _ in range(100):
+            new = stack.enter_context(EventFd())
+            if eventfd_id(new.fileno()) == gone:
+                break
+        else:
+            pytest.skip("another process took the id just then")
+        route.set_event(new)
+        new.signal()
+        assert route.pending
+        route.close()
+    os.close(fd)
 
 
 def test_a_vector_of_a_device_gets_another_eventfd(guest: Guest, theirs: int) -> None:

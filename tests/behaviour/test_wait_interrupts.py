@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import threading
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,25 @@ def test_what_is_expected_is_taken_and_everything_else_stays(
     assert vectors(irqfd_partition.take_interrupts()) == [
         vector for vector in (0x41, 0x42, 0x43) if vector not in found
     ]
+
+
+@pytest.mark.parametrize("destinations", list(itertools.permutations(range(3))), ids=str)
+def test_interrupts_are_matched_so_that_every_expected_one_is_found(
+    simulated_partition: SimulatedPartition, destinations: tuple[int, ...]
+) -> None:
+    partition = simulated_partition
+    for index in (1, 2):
+        partition.create_vp(index)
+    # The first takes what the others could not do without, unless it is given another one.
+    patterns = [Interrupt(0x41, logical=False), Interrupt(0x41, 0), Interrupt(0x41, delivery_mode=DeliveryMode.FIXED)]
+    for expected in itertools.permutations(patterns):
+        for destination in destinations:
+            partition.signal_msi(msi(0x41, destination))
+        partition.signal_msi(msi(0x41, 1))
+        found = partition.wait_interrupts(expected, timeout=patience())
+        # Those that came first.
+        assert [interrupt.destination for interrupt in found] == list(destinations)
+        assert vectors(partition.take_interrupts()) == [0x41]
 
 
 @telling

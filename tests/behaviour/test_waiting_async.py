@@ -553,6 +553,43 @@ def test_a_forked_child_waits_on_the_same_counter_and_disturbs_no_wait_of_its_pa
         loop.close()
 
 
+@pytest.mark.parametrize("how", ["closed", "collected"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_forked_child_that_drops_its_copies_of_waiting_tasks_ends_no_wait_of_its_parent(
+    guest: Guest, new_loop: NewLoop, how: str
+) -> None:
+    """A forked child's copy of a loop has the epoll set of its parent's loop."""
+    route = guest.partition.new_irqfd_route()
+    with EventFd() as event, guest.partition.ioeventfd(ADDRESS, 4) as doorbell, route:
+        loop = new_loop()
+        # It logs each pending task that is destroyed.
+        loop.set_exception_handler(lambda _loop, _context: None)
+        waits: list[Any] = [event.wait(), doorbell.wait(), route.wait_pending()]
+        held: list[Any] = [*map(loop.create_task, waits), loop]
+        loop.run_until_complete(asyncio.sleep(0.001))
+        before = loops_descriptors()
+        del loop
+
+        def child() -> None:
+            if how == "closed":
+                for wait in waits:
+                    wait.close()
+            waits.clear()
+            held.clear()
+            gc.collect()
+
+        in_child(child)
+        *tasks, loop = held
+        # When it collects the loop, asyncio itself takes out the descriptor that wakes the loop from other threads.
+        own = int(how == "collected" and isinstance(loop, asyncio.SelectorEventLoop))
+        assert len(loops_descriptors()) >= len(before) - own
+        for source in (event, doorbell, route):
+            source.signal()
+        ended = loop.run_until_complete(asyncio.wait(tasks, timeout=patience()))
+        assert [len(some) for some in ended] == [3, 0]
+        loop.close()
+
+
 def test_in_a_forked_child_a_route_cannot_be_waited_for(guest: Guest, run: Run) -> None:
     with guest.partition.new_irqfd_route() as route:
         assert in_child(lambda: refusal(lambda: run(route.wait_pending()))) == "ForkedError"

@@ -220,6 +220,33 @@ def test_take_interrupts_is_refused_while_it_runs_and_works_afterwards(kvm: KvmG
     assert [interrupt.vector for interrupt in kvm.partition.take_interrupts()] == [0x41]
 
 
+def test_closing_it_again_leaves_the_next_guest_its_vps(kvm: KvmGuest) -> None:
+    kvm.stop()
+    first = GuestOfPartition(kvm.partition)
+    first.close()
+    with GuestOfPartition(kvm.partition):
+        first.close()
+        with pytest.raises(io.UnsupportedOperation, match="a guest runs on the vCPUs"):
+            kvm.partition.take_interrupts()
+
+
+def test_a_vp_can_be_stopped_as_soon_as_it_is_started() -> None:
+    need("kvm")
+    # The threads take turns all the time, so the kick often comes before the VP's thread has done anything.
+    code = """
+import os
+import sys
+from mshv_irqfd import open_partition
+from mshv_irqfd._guest import PAGES, CountingGuest, _Vp
+sys.setswitchinterval(1e-6)
+with open_partition("kvm") as partition, CountingGuest(partition) as guest:
+    for _ in range(300):
+        _Vp(guest, 0, partition._lend_vcpu(0), PAGES).stop()
+"""
+    ended = run_python(code)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_closing_it_ends_its_threads_and_leaves_no_descriptor(vm: KvmVm) -> None:
     files, threads = open_files(), set(threading.enumerate())
     for _ in range(20):

@@ -119,8 +119,8 @@ class Spares(NamedTuple):
     """Whether a push may change the entries of armed routes in place of moves that would need none."""
     brings_home: bool = False
     """Whether a push may bring routes home."""
-    loads: bool = True
-    """Whether pushes load messages."""
+    loads_after: float = 0
+    """The number of pushes after which they may load messages; infinite if they never do."""
     fit: bool = True
     """Whether all messages fit that are likely next."""
 
@@ -241,7 +241,8 @@ class Partition:
         missing = [
             one for one in needy if one.wanted != self.table.get(one.route.gsi) and one.wanted not in loaded.values()
         ]
-        moves = [one for one in needy if one.route.armed and one.route.place == one.route.gsi and one not in missing]
+        at_home = [one for one in needy if one.route.place == one.route.gsi or self.spares.loads_after]
+        moves = [one for one in at_home if one.route.armed and one not in missing]
         assert shown.pushes in ({1} if missing else {0, 1} if moves and self.spares.in_place else {0})
         assert (shown.hits, shown.misses) == (len(needy) - len(missing), len(missing))
         newly = [one.route for one in changes if one.wanted and (one.swaps or not one.route.armed)]
@@ -297,8 +298,8 @@ class Partition:
         new = {gsi for gsi, msi in seen.items() if before.get(gsi) != msi}
         placed = {route.place for route in missed} & seen.keys()
         assert shown.loaded == len(new - placed)
-        assert shown.loaded == 0 or (self.spares.loads and not self.refused)
-        if self.spares.loads and self.spares.fit and not self.refused and not self.any_vp:
+        assert shown.loaded == 0 or (self.pushes >= self.spares.loads_after and not self.refused)
+        if self.spares.loads_after == 0 and self.spares.fit and not self.refused and not self.any_vp:
             for msi in (route.msi for route in missed if route.msi and not route.msi.logical):
                 likely = {
                     type(msi)(msi.address & ~0xFF000 | vp << 12, msi.data & ~0xFF | vector)

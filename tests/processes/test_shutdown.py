@@ -44,14 +44,18 @@ if {closed}:
     assert ("ResourceWarning: unclosed <" in ended.stderr) == (not closed)
 
 
-def test_the_interpreter_ends_cleanly_with_routes_that_outlive_the_modules(backend: Backend) -> None:
+@pytest.mark.parametrize("logs", [False, True], ids=["", "logging"])
+def test_the_interpreter_ends_cleanly_with_routes_that_outlive_the_modules(backend: Backend, logs: bool) -> None:
     code = f"""
-import sys
-from mshv_irqfd import open_partition
-    # Keeps this module's names until the other modules have lost theirs.
+import logging, sys
+from mshv_irqfd import MsiRoute, open_partition
+if {logs}:
+    logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
+# Keeps this module's names until the other modules have lost theirs.
 sys.unraisablehook = lambda it: None
 partition = open_partition({backend.name!r})
 routes = [partition.new_irqfd_route() for _ in range(2)]
+routes[0].set_msi(MsiRoute.fixed(0x41, 0))
 """
     ended = run_python(code, "-X", "dev")
     assert (ended.returncode, ended.stderr) == (0, "")

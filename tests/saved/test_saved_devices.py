@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from backends import Guest
 from driver import DATA, ENABLE, FUNCTION_MASK, Driver
+from modes import options
 from mshv_irqfd import (
     ClosedError,
     ForkedError,
@@ -24,7 +25,9 @@ from states import State, carried, gsis, kept
 from support import counting, in_child, msi, rare, refusal
 
 if TYPE_CHECKING:
+    from backends import Backend
     from faults import Faults
+    from modes import Mode
     from mshv_irqfd.testing import SimulatedCall
 
 Open = Callable[..., Guest]
@@ -426,3 +429,20 @@ def test_msi_vectors_that_the_guest_has_masked_stay_so(capability: MsiCapability
     guest.receives_nothing()
     configure(new, (16, 4, 0b1110))
     guest.receives(msi(0x40))
+
+
+@pytest.mark.parametrize(("mode", "pushes"), [("loaded", 1), ("unloaded", 4)])
+def test_restoring_several_devices_is_a_push_each_or_one_in_all_if_their_messages_are_likely(
+    backend: Backend, open_guest: Open, mode: Mode, pushes: int
+) -> None:
+    old, new = (open_guest(**options(backend, mode)) for _ in range(2))
+    states = []
+    for number in range(4):
+        driver = Driver(old, 4)
+        kept(old, driver.table)
+        driver.bring_up(*(msi(0x40 + 4 * number + vector) for vector in range(4)))
+        states.append(carried(driver.table.save()))
+    for state in states:
+        kept(new, MsixTable.restore(new.partition, state))
+    stats = new.partition.stats()
+    assert (stats.pushes, stats.arms - stats.disarms) == (pushes, 16)

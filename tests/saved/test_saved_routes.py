@@ -274,6 +274,26 @@ def test_doorbells_are_rung_if_asked_but_for_those_on_a_routes_eventfd(
     guest.receives(msi(0x41))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_doorbell_on_the_eventfd_of_another_partitions_route_is_not_rung(
+    open_guest: Callable[..., Guest], *, masked: bool
+) -> None:
+    here, there = open_guest(), open_guest()
+    route = new_route(there)
+    route.set_msi(msi(0x41))
+    if masked:
+        route.mask()
+    kept(here, here.partition.ioeventfd(0xD0000000, 4, event=route))
+    own = kept(here, here.partition.ioeventfd(0xD0000008, 4))
+    restored(here, state_of(), ring_doorbells=True)
+    assert own.consume() == 1
+    assert not route.pending
+    there.receives_nothing()
+    assert here.writes(0xD0000000, bytes(4))
+    assert route.pending == masked
+    there.receives(*[] if masked else [msi(0x41)])
+
+
 # What is refused
 
 

@@ -90,7 +90,7 @@ def test_a_bring_up_one_by_one_begins_with_an_empty_table(*, workload: str, prel
 
 
 @pytest.mark.parametrize(("preload", "pushes"), [(True, 0), (False, 20)])
-@pytest.mark.parametrize("workload", ["retarget", "retarget-storm"])
+@pytest.mark.parametrize("workload", ["msix-retarget", "retarget", "retarget-storm"])
 def test_every_retarget_is_a_push_without_preloading_and_none_is_with_it(
     *, workload: str, preload: bool, pushes: int
 ) -> None:
@@ -168,6 +168,13 @@ def test_a_missing_directory_is_reported_before_measuring(
 ) -> None:
     assert cli.main(["bench", option, str(tmp_path / "none" / "run.svg")]) == 2
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_a_directory_in_the_place_of_a_file_is_reported_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"mshv-irqfd bench: {tmp_path} is a directory\n"
 
 
 @pytest.mark.parametrize(
@@ -310,6 +317,16 @@ def test_every_scenario_measures_on_a_small_scale(name: str, monkeypatch: pytest
     assert len({scenario["what"] for scenario in found}) == len(found)
     for scenario in found:
         assert scenario["low"] <= scenario["value"] <= scenario["high"]
+
+
+def test_scenarios_measure_something_in_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenarios, "ROUTES", 8)
+    names, file = ["threads", "others", "responsiveness"], tmp_path / "run.json"
+    words = ["--backend", "simulated", "--workloads", "none", "--seconds", "0", "--scenarios", ",".join(names)]
+    assert cli.main(["bench", *words, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())["scenarios"]
+    assert list(dict.fromkeys(scenario["name"] for scenario in found)) == names
+    assert all(scenario["value"] > 0 for scenario in found if "late ones" not in scenario["what"])
 
 
 def test_the_others_are_signalled_while_one_route_moves() -> None:

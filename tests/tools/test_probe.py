@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import pytest
 from hvstub import HvStub, Scheduler
 from mshv_irqfd._cli import main
 from mshv_irqfd._cli.probe import rows, torn_pushes
+from mshv_irqfd._cli.probe.scene import Scene
 
 DEVICE = {"kvm": Path("/dev/kvm"), "mshv": Path("/dev/mshv")}
 INTERRUPTS = Path("/dev/hvstub")
@@ -57,6 +61,24 @@ def test_without_a_device_the_probe_names_the_one_that_it_tried(
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "said"),
+    [("kvm", os.devnull, "goes with --backend mshv"), ("mshv", "/dev/none", "/dev/none: there is no such device")],
+)
+def test_an_observer_of_no_use_is_reported_before_probing(
+    backend: str, device: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "--backend", backend, "--interrupts", device]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "long"])
+def test_no_number_of_seconds_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["probe", "--backend", "kvm", "--torn-pushes", seconds])
+    assert f"'{seconds}' is not a number of seconds" in capsys.readouterr().err
+
+
 def test_only_the_rows_asked_for_are_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments("kvm"), "--only", "GSI 9999"]) == 0
     assert "1 rows" in capsys.readouterr().out
@@ -82,6 +104,23 @@ def test_ctrl_c_leaves_the_rows_found_so_far(
     assert [row["done"] for row in report["rows"]] == [row.done for row in rows.ROWS[:2]]
     assert report["complete"] is False
     assert shown.err == "interrupted after 2 rows\n"
+
+
+def test_ctrl_c_during_a_race_ends_its_thread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments("kvm")
+    arrived, looks, threads = Scene.arrived, itertools.count(), threading.enumerate()
+
+    def interrupted(scene: Scene) -> list[str] | None:
+        if next(looks) == 10:
+            raise KeyboardInterrupt
+        return arrived(scene)
+
+    monkeypatch.setattr(Scene, "arrived", interrupted)
+    assert main([*words, "--only", "one signal concurrent with the arming"]) == 130
+    assert threading.enumerate() == threads
+    assert "interrupted after 0 rows" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_the_torn_signals_counted_so_far(

@@ -1,8 +1,7 @@
-"""What long commands share: a time to take, and a line on standard error that tells how far they are."""
+"""What long commands share: a line on standard error that tells how far they are."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from typing import Final
@@ -11,17 +10,6 @@ CLEAR: Final = "\r\x1b[K"
 
 INTERRUPTED: Final = 130
 """The exit status of a program that Ctrl-C ended early: 128 and the number of SIGINT."""
-
-
-def seconds(text: str) -> float:
-    """A number of seconds on the command line."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 86400:  # noqa: PLR2004 -- a day
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
-    return number
 
 
 def show(text: str) -> None:

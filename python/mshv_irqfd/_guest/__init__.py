@@ -100,7 +100,12 @@ class _Vp:
         try:
             _set_up(fd, guest.entry, page)
             self._thread = threading.Thread(target=self._turn, name=f"vp-{index}", daemon=True)
-            self._thread.start()
+            # Blocked from the thread's first moment on: what it kicks before `_turn` would end this process.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [KICK])
+            try:
+                self._thread.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except BaseException:
             self._run.close()
             raise
@@ -428,7 +433,10 @@ class GuestOfPartition(CountingGuest):
                 self.add(index, self._partition._lend_vcpu(index))  # noqa: SLF001 -- for this module alone
 
     def close(self) -> None:
-        """Stops the VPs, and gives them back to the partition."""
-        super().close()
-        if os.getpid() == self._owner and not self._partition.closed:
-            self._partition._take_vcpus_back()  # noqa: SLF001 -- for this module alone
+        """Stops the VPs, and gives them back to the partition, once: the next guest may run on them by now."""
+        with self._lock if os.getpid() == self._owner else nullcontext():
+            if self._memory.closed:
+                return
+            super().close()
+            if os.getpid() == self._owner and not self._partition.closed:
+                self._partition._take_vcpus_back()  # noqa: SLF001 -- for this module alone

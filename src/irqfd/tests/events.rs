@@ -333,3 +333,23 @@ fn those_who_wait_for_the_old_eventfd_are_told() {
     let again = routes[0].watch().unwrap();
     assert!(!EventFd::adopt(again.changed()).unwrap().is_readable().unwrap());
 }
+
+#[test]
+fn an_eventfd_of_one_route_is_refused_for_another_until_the_first_is_closed() {
+    let ((ours, _), (theirs, _)) = (partition(true), partition(true));
+    let event = EventFd::new().unwrap();
+    let fd = event.as_raw_fd();
+    let route = ours.new_route(Some(fd)).unwrap();
+    assert_eq!(route.fileno().unwrap(), route.shared().event.get().as_raw_fd());
+    // A caller's eventfd may be in blocking mode.
+    assert!(!route.try_signal(1).unwrap() && !route.pending().unwrap());
+    let own = ours.new_route(None).unwrap();
+    assert!(own.try_signal(1).unwrap() && own.pending().unwrap());
+    for other in [&ours, &theirs] {
+        let refused = other.new_route(Some(fd)).unwrap_err().to_string();
+        assert!(refused.contains("eventfd of the route of GSI 24"), "{refused}");
+        assert_eq!(refused.contains("of another partition"), Arc::ptr_eq(other, &theirs), "{refused}");
+    }
+    route.close().unwrap();
+    assert_eq!(theirs.new_route(Some(fd)).unwrap().gsi(), 24);
+}

@@ -9,6 +9,8 @@ use super::*;
 
 const LOADED: Setup = SETUPS[2];
 const FEW: Setup = SETUPS[3];
+/// Routes are always few, and a load costs four small pushes.
+const SMALL: Setup = SETUPS[7];
 
 fn pushes(calls: &[Call]) -> usize {
     calls.iter().filter(|call| matches!(call, Push(_))).count()
@@ -567,5 +569,142 @@ fn one_push_takes_the_place_of_as_many_moves_as_are_dearer() {
         let stats = partition.stats().unwrap();
         assert_eq!((stats.hits, stats.misses, stats.pushes), (4, 4, 1 + expected as u64));
         check_rules(&partition, &recorder, &routes, "all were hits");
+    }
+}
+
+/// Gives a route another message as a guest does that masks it meanwhile. Returns the number of pushes.
+fn retarget_masked(recorder: &Recorder, route: &IrqFdRoute, msi: MsiRoute) -> usize {
+    route.mask().unwrap();
+    route.set_msi(msi).unwrap();
+    recorder.taken();
+    route.unmask().unwrap();
+    pushes(&recorder.taken())
+}
+
+/// A partition with few routes whose table masked retargets have loaded. Routes 1 to 3 are at their own GSIs still.
+fn loaded_for_few() -> (Arc<Partition>, Recorder, Vec<IrqFdRoute>) {
+    let (partition, recorder, routes) = armed(SMALL, 4);
+    (0x61..0x66).for_each(|vector| _ = retarget_masked(&recorder, &routes[0], msi(vector)));
+    assert!(loaded(&recorder).len() > 200 && routes[0].armed_gsi().unwrap() >= Some(FIRST_SPARE));
+    (partition, recorder, routes)
+}
+
+#[test]
+fn masked_retargets_of_few_routes_load_the_table_once_they_have_cost_as_much() {
+    let (partition, recorder, routes) = armed(SMALL, 4);
+    for vector in 0x61..0x64 {
+        assert_eq!(retarget_masked(&recorder, &routes[1], msi(vector)), 1);
+        assert_eq!(loaded(&recorder), []);
+    }
+    assert_eq!(retarget_masked(&recorder, &routes[1], msi(0x64)), 1);
+    assert_eq!((loaded(&recorder).len(), routes[1].armed_gsi().unwrap()), (240, Some(25)));
+    for (route, vector) in routes.iter().cycle().take(20).zip(0x71..) {
+        assert_eq!(retarget_masked(&recorder, route, msi(vector)), 0);
+    }
+    assert_eq!(partition.stats().unwrap().hits, 20);
+    check_rules(&partition, &recorder, &routes, "retargeted masked");
+}
+
+#[test]
+fn a_masked_retarget_that_fails_counts_for_nothing() {
+    let (partition, recorder, routes) = armed(SMALL, 4);
+    (0x61..0x64).for_each(|vector| _ = retarget_masked(&recorder, &routes[1], msi(vector)));
+    routes[1].mask().unwrap();
+    routes[1].set_msi(msi(0x64)).unwrap();
+    recorder.fail([0]);
+    assert!(routes[1].unmask().is_err());
+    recorder.fail([]);
+    routes[2].set_msi(msi(0x70)).unwrap();
+    let tables = [0x65, 0x66].map(|vector| {
+        retarget_masked(&recorder, &routes[1], msi(vector));
+        loaded(&recorder).len()
+    });
+    assert_eq!(tables, [0, 240]);
+    check_rules(&partition, &recorder, &routes, "one failed");
+}
+
+#[test]
+fn few_routes_that_are_brought_up_again_and_again_keep_a_small_table() {
+    let (partition, recorder) = partition_of(SMALL);
+    for round in 0..10 {
+        let routes: Vec<_> = (0..4).map(|_| partition.new_route(None).unwrap()).collect();
+        routes.iter().zip(0x41 + round * 4..).for_each(|(route, vector)| route.set_msi(msi(vector)).unwrap());
+        routes.iter().for_each(|route| route.clear_msi().unwrap());
+        routes.iter().zip(0x42 + round * 4..).for_each(|(route, vector)| route.set_msi(msi(vector)).unwrap());
+        check_rules(&partition, &recorder, &routes, "brought up twice");
+    }
+    assert_eq!(loaded(&recorder), []);
+}
+
+#[test]
+fn few_routes_that_are_retargeted_masked_as_often_as_armed_keep_a_small_table() {
+    let (partition, recorder, routes) = armed(SMALL, 4);
+    for vector in (0x51..0x80).step_by(2) {
+        assert_eq!(retarget_masked(&recorder, &routes[1], msi(vector)), 1);
+        routes[2].set_msi(msi(vector + 1)).unwrap();
+        assert!(matches!(&recorder.taken()[..], [Push(entries)] if entries.len() == 4));
+    }
+    check_rules(&partition, &recorder, &routes, "retargeted in turn");
+}
+
+#[test]
+fn armed_retargets_of_few_routes_make_a_loaded_table_small_again_and_bring_them_home() {
+    let (partition, recorder, routes) = loaded_for_few();
+    // The load has saved four pushes, and another one since.
+    for (vector, route) in (0x71..0x75).zip([0, 1, 0, 1]) {
+        routes[route].set_msi(msi(vector)).unwrap();
+        assert!(matches!(recorder.taken()[..], [Deassign(_), Assign(FIRST_SPARE..)]));
+    }
+    let (from, other) = (routes[0].armed_gsi().unwrap().unwrap(), routes[1].armed_gsi().unwrap().unwrap());
+    routes[0].set_msi(msi(0x75)).unwrap();
+    let calls = recorder.taken();
+    assert_eq!((&calls[0], &calls[2..]), (&Deassign(from), &[Assign(24)][..]));
+    // Where a route is, or was until now, the entry stays.
+    let expected = [(24, 0x75), (25, 0x42), (26, 0x43), (27, 0x44), (from, 0x73), (other, 0x74)];
+    assert_eq!(calls[1], Push(expected.into()));
+    routes[0].set_msi(msi(0x76)).unwrap();
+    assert!(matches!(&recorder.taken()[..], [Push(entries)] if entries.len() == 5));
+    // A message at its own GSI needs no push to go home to.
+    routes[1].set_msi(msi(0x42)).unwrap();
+    assert_eq!(recorder.taken(), [Deassign(other), Assign(25)]);
+    routes[1].set_msi(msi(0x77)).unwrap();
+    assert!(matches!(&recorder.taken()[..], [Push(entries)] if entries.len() == 4));
+    check_rules(&partition, &recorder, &routes, "small again");
+}
+
+#[test]
+fn a_miss_makes_the_table_of_few_routes_small_unless_it_has_served_for_long() {
+    for served in [false, true] {
+        let (partition, recorder, routes) = armed(SMALL, 4);
+        (0x61..if served { 0x70 } else { 0x65 })
+            .for_each(|vector| _ = retarget_masked(&recorder, &routes[1], msi(vector)));
+        assert_eq!(loaded(&recorder).len(), 240);
+        for expected in [served, false] {
+            let calls = [0, 1].map(|_| retarget_masked(&recorder, &routes[2], nmi(9)));
+            assert_eq!((calls, loaded(&recorder).len() > 200), ([1, 0], expected), "{served}");
+            assert_eq!(retarget_masked(&recorder, &routes[2], nmi(8)), 1);
+        }
+        check_rules(&partition, &recorder, &routes, "missed");
+    }
+}
+
+#[test]
+fn a_route_that_is_brought_home_and_fails_is_where_it_was() {
+    for failing in 0..32u32 {
+        let (partition, recorder, routes) = loaded_for_few();
+        (0x71..0x75).for_each(|vector| routes[0].set_msi(msi(vector)).unwrap());
+        let before = routes[0].armed_gsi().unwrap();
+        assert!(before >= Some(FIRST_SPARE));
+        recorder.taken();
+        recorder.fail((0..5).filter(|call| failing & 1 << call != 0));
+        let result = routes[0].set_msi(msi(0x7F));
+        let (made, context) = (recorder.taken(), format!("{failing:#b}"));
+        recorder.fail([]);
+        assert_eq!(pushes(&made), usize::from(failing & 1 == 0), "{context}");
+        assert_eq!(result.is_ok(), failing & 0b111 == 0, "{context}");
+        check_rules(&partition, &recorder, &routes, &context);
+        if (failing & 0b111).count_ones() == 1 && failing >> 3 == 0 {
+            assert_eq!((routes[0].armed_gsi().unwrap(), routes[0].msi().unwrap()), (before, Some(msi(0x74))));
+        }
     }
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from backends import Backend, Guest, SimulatedGuest
+from driver import ENABLE, FUNCTION_MASK, Driver
 from mshv_irqfd import ClosedError, ForkedError, IrqFdRoute, MissingVpError, MsiRoute, Partition, RoutingError
 from support import (
     MANY,
@@ -437,6 +438,101 @@ def test_with_more_routes_kvm_moves_and_with_fewer_again_it_pushes_in_place(kvm:
     second.signal()
     kvm.receives(msi(0x99), msi(0xA2))
     close(first, second)
+
+
+def masked_retarget(guest: Guest, route: IrqFdRoute, message: MsiRoute) -> tuple[int, int]:
+    """Retargets a route as a guest does that masks it meanwhile. Returns the pushes and the entries loaded."""
+    with counting(guest.partition) as delta:
+        route.mask()
+        route.set_msi(message)
+        route.unmask()
+    assert (delta.stats.disarms, delta.stats.arms) == (1, 1)
+    return delta.stats.pushes, delta.stats.entries_loaded
+
+
+LONG = 64
+"""Masked retargets after which few routes of KVM have a loaded table: twice as many as it takes, and no more count."""
+
+
+def test_masked_retargets_of_few_routes_end_up_without_pushes(open_guest: Open) -> None:
+    guest = open_guest(vps=4)
+    first, second = armed(guest, 2)
+    for turn in range(LONG):
+        masked_retarget(guest, first, msi(0x50 + turn % 8, turn % 4))
+    for turn in range(32):
+        route, message = (first, second)[turn % 2], msi(0x60 + turn, turn % 4)
+        with counting(guest.partition) as delta:
+            route.mask()
+            route.signal()
+            route.set_msi(message)
+            guest.receives_nothing()
+            route.unmask()
+        assert (delta.stats.pushes, delta.stats.disarms, delta.stats.arms, delta.stats.hits) == (0, 1, 1, 1)
+        guest.receives(message)
+    close(first, second)
+
+
+def test_the_pushes_of_masked_retargets_on_kvm_stay_small_until_they_have_cost_as_much_as_a_load(kvm: Guest) -> None:
+    route, other = armed(kvm, 2)
+    seen = [masked_retarget(kvm, route, msi(0x51 + turn % 2)) for turn in range(LONG)]
+    small = seen.index((1, VECTORS))
+    # The spare GSIs by the entries whose push takes as long as a move.
+    assert small == 2008 // 64 - 1
+    assert set(seen[:small]) == {(1, 0)}
+    assert set(seen[small + 1 :]) == {(0, 0)}
+    other.signal()
+    kvm.receives(msi(0x42))
+    close(route, other)
+
+
+def test_armed_retargets_of_few_routes_of_kvm_make_its_table_small_again(kvm: Guest) -> None:
+    route, other = armed(kvm, 2)
+    for turn in range(LONG):
+        masked_retarget(kvm, route, msi(0x51 + turn % 2))
+    for turn in range(LONG):
+        route.set_msi(msi(0x60 + turn))
+    assert messages(kvm.partition).keys() == {route.gsi, other.gsi}
+    for turn in range(8):
+        with counting(kvm.partition) as delta:
+            route.set_msi(msi(0x50 + turn))
+        assert (delta.stats.pushes, delta.stats.disarms, delta.stats.arms) == (1, 0, 0)
+        route.signal()
+        other.signal()
+        kvm.receives(msi(0x50 + turn), msi(0x42))
+    close(route, other)
+
+
+def test_bringing_up_few_vectors_of_kvm_again_and_again_loads_nothing(kvm: Guest) -> None:
+    for turn in range(48):
+        with counting(kvm.partition) as delta:
+            first, second = some(kvm, 2)
+            first.set_msi(msi(0x41 + turn))
+            second.set_msi(msi(0x42 + turn))
+            first.clear_msi()
+            first.set_msi(msi(0x43 + turn))
+            close(first, second)
+        assert (delta.stats.pushes, delta.stats.entries_loaded) == (3, 0)
+
+
+def test_a_vector_that_a_guest_retargets_as_linux_does_ends_up_without_pushes(open_guest: Open) -> None:
+    guest = open_guest(vps=2)
+    with Driver(guest, 4) as driver:
+        driver.control(ENABLE | FUNCTION_MASK)
+        for vector in range(4):
+            driver.mask(vector)
+            driver.program(vector, msi(0x41 + vector))
+        with counting(guest.partition) as delta:
+            driver.control(ENABLE)
+        assert delta.stats.pushes == 1
+        for turn in range(LONG):
+            driver.retarget(turn % 4, msi(0x50 + turn % 64, turn % 2))
+        for turn in range(16):
+            message = msi(0x98 + turn, turn % 2)
+            with counting(guest.partition) as delta:
+                driver.retarget(turn % 4, message)
+            assert (delta.stats.pushes, delta.stats.disarms, delta.stats.arms) == (0, 1, 1)
+            driver[turn % 4].signal()
+            guest.receives(message)
 
 
 # Adopted partitions

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mshv_irqfd import MshvIrqFdError, _core
+from mshv_irqfd._cli.arguments import seconds
 from mshv_irqfd._cli.bench import designs, machine, measure, results, scenarios
 from mshv_irqfd._cli.bench.workloads import WORKLOADS
-from mshv_irqfd._cli.progress import INTERRUPTED, seconds
+from mshv_irqfd._cli.progress import INTERRUPTED
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -28,6 +29,8 @@ ROUTES = (1, 16, 64, 256, 1024, 2000)
 MOST_ROUTES = 4056
 """KVM's table holds no more beside its pins."""
 QUICK_ROUTES = (1, 16)
+SHORTEST = 0.01
+"""The least time to measure a rate for, in seconds."""
 PLOTS = (".svg", ".png", ".pdf")
 
 
@@ -285,6 +288,6 @@ def _measure(plan: measure.Plan, chosen: list[str]) -> results.Results:
                 rows.append(results.row(cell))  # noqa: PERF401 -- those before a Ctrl-C stay
             for name in chosen:
                 bar.update(task, description=name)
-                further += scenarios.ALL[name](plan.backend, min(1.0, plan.seconds))
+                further += scenarios.ALL[name](plan.backend, min(1.0, max(SHORTEST, plan.seconds)))
             complete = True
     return results.results(plan, rows, further, complete=complete)

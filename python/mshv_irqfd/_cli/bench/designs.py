@@ -1,6 +1,7 @@
 """The designs that the bench compares: the package, plain Python, and the Rust baselines (`_core.Baseline`).
 
-Each runs the same workloads on a partition of its own with one VP. Only the workloads are timed, not the steps between.
+Each runs the same workloads on a partition of its own with four VPs. Only the workloads are timed, not the steps
+between.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MAKERS: dict[str, Callable[[str, int], Design]] = {
 }
 OURS = ("package", "no preload", "no preload unquiesced")
 """The designs that are the package."""
-MOVES = ("bring-up", "bring-up-made", "retarget", "retarget-storm", "retarget-all")
+MOVES = ("bring-up", "bring-up-made", "msix-retarget", "retarget", "retarget-storm", "retarget-all")
 """The workloads for which moves are another way."""
 
 

@@ -23,7 +23,7 @@ LEAST_ROUNDS = 6
 MOST_ROUNDS = 2000
 NOTHING = 1e-3
 """The least denominator of a ratio, in nanoseconds: on the null kernel the floor's calls take no time."""
-GROWS = {"create": 1, "retarget": 1, "retarget-storm": 1, "mask-unmask": 1, "push": 1, "signal": 0}
+GROWS = {"create": 1, "msix-retarget": 1, "retarget": 1, "retarget-storm": 1, "mask-unmask": 1, "push": 1, "signal": 0}
 """The power of the number of routes with which a call grows at worst: 1 for one push and the arming around it; 2 for
 the others, where some design makes such a push for every route."""
 MOST_SPREAD = 0.25

@@ -10,6 +10,8 @@ from mshv_irqfd._cli.bench.timed import Timed
 from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, Standing, storm, vector
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from mshv_irqfd import IrqFdRoute, Partition
 
 TIMEOUT = 60.0
@@ -24,19 +26,42 @@ ENABLE, FUNCTION_MASK = 0x80, 0x40
 """Bits of message control's upper byte, which is at offset 3 of the capability."""
 
 
+def entry_writes(index: int, msi: MsiRoute) -> list[tuple[int, bytes]]:
+    """What a guest's driver writes to an MSI-X table to give a masked vector its MSI and unmask it."""
+    entry = ENTRY * index
+    return [
+        (entry, msi.address.to_bytes(4, "little")),
+        (entry + 4, bytes(4)),
+        (entry + 8, msi.data.to_bytes(4, "little")),
+        (entry + CONTROL, UNMASKED),
+    ]
+
+
+def driver_retargets(table: MsixTable, index: int, msis: Iterable[MsiRoute]) -> Callable[[], None]:
+    """A function that retargets a vector to the next of some MSIs as a guest's driver does: it masks it meanwhile."""
+    write, mask = table.write_table, (ENTRY * index + CONTROL, MASKED)
+    turns = cycle([[mask, *entry_writes(index, msi)] for msi in msis])
+
+    def retarget() -> None:
+        for offset, data in next(turns):
+            write(offset, data)
+
+    return retarget
+
+
 def driver_writes(msis: list[MsiRoute]) -> list[tuple[int, bytes]]:
     """What a guest's driver writes to an MSI-X table to give each vector its MSI: dwords, as Linux does."""
     masks = [(ENTRY * index + CONTROL, MASKED) for index in range(len(msis))]
-    writes = []
-    for index, msi in enumerate(msis):
-        entry = ENTRY * index
-        writes += [
-            (entry, msi.address.to_bytes(4, "little")),
-            (entry + 4, bytes(4)),
-            (entry + 8, msi.data.to_bytes(4, "little")),
-            (entry + CONTROL, UNMASKED),
-        ]
-    return masks + writes
+    return masks + [write for index, msi in enumerate(msis) for write in entry_writes(index, msi)]
+
+
+def bring_up_device(table: MsixTable, writes: list[tuple[int, bytes]]) -> None:
+    """Enables MSI-X with the function masked, makes writes to the table, and clears the function mask."""
+    write, control = table.write_table, table.write_message_control
+    control(3, bytes([ENABLE | FUNCTION_MASK]))
+    for offset, data in writes:
+        write(offset, data)
+    control(3, bytes([ENABLE]))
 
 
 class Package(Timed):
@@ -89,11 +114,7 @@ class Package(Timed):
 
     def _msix_bring_up(self) -> None:
         for table, writes in zip(self.tables, self.writes, strict=True):
-            write, control = table.write_table, table.write_message_control
-            control(3, bytes([ENABLE | FUNCTION_MASK]))
-            for offset, data in writes:
-                write(offset, data)
-            control(3, bytes([ENABLE]))
+            bring_up_device(table, writes)
 
     def _retarget_storm(self) -> None:
         index, msi = next(self.storm)
@@ -140,7 +161,7 @@ class Package(Timed):
 
     def _renew(self) -> None:
         """Opens another partition: the kernel's table of this one has what a bring-up is to push."""
-        self.partition.close()
+        self.close()
         self.routes = []
         self.partition = self._open()
         self.standing = Standing.NOTHING
@@ -161,15 +182,38 @@ class Package(Timed):
 
     def _run_devices(self) -> int:
         """Times the bring-up of new devices, and takes them away."""
-        left = range(self.count, 0, -VECTORS)
-        self.tables = [MsixTable(self.partition, min(VECTORS, vectors)) for vectors in left]
+        self._make_devices()
         took = super().run("msix-bring-up", 1)
-        for table in self.tables:
-            table.close()
+        self._close_devices()
         self.standing = Standing.NOTHING
         return took
 
+    def _make_devices(self) -> None:
+        left = range(self.count, 0, -VECTORS)
+        self.tables = [MsixTable(self.partition, min(VECTORS, vectors)) for vectors in left]
+
+    def _close_devices(self) -> None:
+        for table in self.tables:
+            table.close()
+        self.tables = []
+
+    def _arrange_devices(self) -> None:
+        """Brings up devices and prepares the writes that give the vector in the middle one MSI after the other."""
+        self._tear_down()
+        self.routes = []
+        self._make_devices()
+        self._msix_bring_up()
+        number, index = divmod(self.middle, VECTORS)
+        msis = [self.msis[turn][self.middle] for turn in (True, False)]
+        self.steps["msix-retarget"] = driver_retargets(self.tables[number], index, msis)
+
     def _arrange(self, standing: Standing) -> None:
+        if self.standing == Standing.DEVICE:
+            self._close_devices()
+            self.standing = Standing.NOTHING
+        if standing == Standing.DEVICE:
+            self._arrange_devices()
+            return
         if standing == Standing.NOTHING:
             self._tear_down()
             self.routes = []
@@ -190,5 +234,6 @@ class Package(Timed):
                     batch.mask(route)
 
     def close(self) -> None:
-        """Closes the partition and its routes."""
+        """Closes the partition, its routes and the devices."""
+        self._close_devices()
         self.partition.close()

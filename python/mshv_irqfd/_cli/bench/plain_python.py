@@ -120,6 +120,7 @@ class PlainPython(Timed):
             "bring-up-made": self._bring_up_made,
             "bring-up-batch": self._bring_up_batch,
             "msix-bring-up": self._msix_bring_up,
+            "msix-retarget": self._msix_retarget,
             "retarget": self._retarget,
             "retarget-storm": self._retarget_storm,
             "retarget-all": self._retarget_all,
@@ -174,6 +175,11 @@ class PlainPython(Timed):
         self.table[FIRST_GSI + self.middle] = ADDRESS, vector(self.middle, turn=self.turn)
         self._push()
 
+    def _msix_retarget(self) -> None:
+        self._disarm(self.middle)
+        self._retarget()
+        self._arm(self.middle)
+
     def _retarget_storm(self) -> None:
         gsi, self.table[gsi] = next(self.storm)
         self._push()
@@ -195,8 +201,8 @@ class PlainPython(Timed):
         self.table = {}
 
     def _arrange(self, standing: Standing) -> None:
-        if self.standing in (Standing.ARMED, Standing.QUIET):
-            armed = range(self.count) if self.standing == Standing.ARMED else (self.middle,)
+        if self.standing in (Standing.ARMED, Standing.DEVICE, Standing.QUIET):
+            armed = (self.middle,) if self.standing == Standing.QUIET else range(self.count)
             for index in armed:
                 self._disarm(index)
         self.turn = False
@@ -208,10 +214,10 @@ class PlainPython(Timed):
             return
         if self.standing == Standing.NOTHING:
             self._create()
-        if standing in (Standing.ARMED, Standing.QUIET):
+        if standing in (Standing.ARMED, Standing.DEVICE, Standing.QUIET):
             self._set_all()
             self._push()
-            for index in range(self.count) if standing == Standing.ARMED else (self.middle,):
+            for index in (self.middle,) if standing == Standing.QUIET else range(self.count):
                 self._arm(index)
 
     def _prepare_steps(self) -> None:

@@ -1,4 +1,4 @@
-"""Measurements other than the latency of one call: partitions, threads, other routes, guests, Python, memory."""
+"""Measurements beside the latency of one call: partitions, devices, threads, other routes, guests, Python, memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import sys
 import threading
 from contextlib import ExitStack
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from time import perf_counter_ns, sleep
 from typing import TYPE_CHECKING
 
-from mshv_irqfd import MsiRoute, _core, open_partition
+from mshv_irqfd import MsiRoute, MsixTable, _core, open_partition
 from mshv_irqfd._cli.bench import machine
 from mshv_irqfd._cli.bench.measure import interval
+from mshv_irqfd._cli.bench.package import bring_up_device, driver_retargets, driver_writes
 from mshv_irqfd._cli.bench.plain_python import ADDRESS, KvmIoctls
 from mshv_irqfd._cli.bench.workloads import FIRST_GSI, VPS, vector
 from mshv_irqfd._guest import GuestOfPartition
@@ -37,6 +39,12 @@ SHORT = 3
 HANDLED = 20
 """The factor by which rounds are more and shorter where two latencies of some 10 us are compared."""
 HANDLED_VECTOR = 0x41
+RETARGETED = (2, 16, 64, 256, 1024)
+"""The numbers of routes of a partition whose device is retargeted."""
+SETTLED = 200
+"""Retargets of a device after which a partition has settled on a way to make them: far more than it needs."""
+IN_A_ROW = 8
+"""Calls that follow each other, so that those of the other ways are not in the caches."""
 ROUTES = 2000
 MEASURED = 4
 """The number of partitions whose memory is measured."""
@@ -99,7 +107,8 @@ def _retargets(routes: list[_core.IrqFdRoute], seconds: float) -> list[float]:
         route, count = routes[number], 0
         msis = [MsiRoute.fixed(vector(number, turn=turn), 0) for turn in (False, True)]
         ready.wait()
-        while not stop.is_set():
+        # Once at least, however short the time is: the counts are divided by one another.
+        while not count or not stop.is_set():
             count += 1
             route.set_msi(msis[count % 2])
         counts[number] = count
@@ -139,7 +148,7 @@ def _turns(seconds: float) -> float:
     """Iterations per second of a small loop in this thread."""
     count, begun = 0, perf_counter_ns()
     end = begun + int(seconds * 1e9)
-    while perf_counter_ns() < end:
+    while not count or perf_counter_ns() < end:
         count += 1
     return count / ((perf_counter_ns() - begun) / 1e9)
 
@@ -167,6 +176,59 @@ def responsiveness(backend: str, seconds: float) -> list[Scenario]:
             thread.join()
     what = f"a thread's speed in Python while another retargets at {ROUTES} routes"
     return [_scenario("responsiveness", what, shares, "of its speed alone")]
+
+
+def masked_retargets(backend: str, seconds: float) -> list[Scenario]:
+    """A vector that the guest masks, retargets and unmasks, compared with a plain route and with a bare disarm and arm.
+
+    All routes of a partition but one are the vectors of a device, and `set_msi()` of that one is called as often. First
+    the vector alone is retargeted, often enough for the partition to load its table.
+    """
+    found: list[Scenario] = []
+    for count in RETARGETED:
+        machine.raise_descriptor_limit(4 * count)
+        with ExitStack() as stack:
+            partition = stack.enter_context(_open(backend, count))
+            table = stack.enter_context(MsixTable(partition, count - 1))
+            route = stack.enter_context(partition.new_irqfd_route())
+            floor = _core.Baseline("floor-move", backend, count)
+            stack.callback(floor.close)
+            found += _masked_retargets(table, route, floor, count, seconds)
+    return found
+
+
+def _masked_retargets(
+    table: MsixTable, route: _core.IrqFdRoute, floor: _core.Baseline, count: int, seconds: float
+) -> list[Scenario]:
+    msis = [[MsiRoute.fixed(vector(index, turn=turn), 0) for index in range(count)] for turn in (False, True)]
+    bring_up_device(table, driver_writes(msis[False][1:]))
+    plain = cycle([msis[turn][0] for turn in (False, True)])
+    middle = (count - 1) // 2
+    of_driver = driver_retargets(table, middle, [msis[turn][1 + middle] for turn in (True, False)])
+
+    def timed(call: Callable[[], object]) -> int:
+        call()
+        begun = perf_counter_ns()
+        for _ in range(IN_A_ROW):
+            call()
+        return perf_counter_ns() - begun
+
+    def bare() -> int:
+        floor.run("mask-unmask", 1)
+        return floor.run("mask-unmask", IN_A_ROW)
+
+    for _ in range(SETTLED):
+        of_driver()
+    ways = [lambda: timed(of_driver), lambda: timed(lambda: route.set_msi(next(plain))), bare]
+    rounds: list[list[int]] = []
+    end = perf_counter_ns() + int(seconds * 1e9)
+    while len(rounds) < ROUNDS or perf_counter_ns() < end:
+        rounds.append([way() for way in ways])
+    what = f"a masked retarget by a guest at {count} routes"
+    return [
+        _scenario("masked-retargets", f"{what}, to {against}", [times[0] / times[way] for times in rounds], "")
+        for way, against in enumerate(("set_msi() of a route beside", "a bare disarm and arm"), 1)
+    ]
 
 
 def others(backend: str, seconds: float) -> list[Scenario]:
@@ -320,6 +382,7 @@ def _print_memory(backend: str) -> None:
 
 ALL: dict[str, Callable[[str, float], list[Scenario]]] = {
     "partitions": partitions,
+    "masked-retargets": masked_retargets,
     "threads": threads,
     "others": others,
     "handler": handler,

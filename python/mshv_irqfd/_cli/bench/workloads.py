@@ -16,6 +16,7 @@ WORKLOADS = {
     "bring-up-made": "existing routes, routed and armed, one by one",
     "bring-up-batch": "existing routes, routed and armed in one batch",
     "msix-bring-up": "a device's vectors, set up by its guest's driver: masked, programmed, enabled",
+    "msix-retarget": "one vector of a device given another message by its guest's driver: masked, programmed, unmasked",
     "retarget": "one route moved to another vector",
     "retarget-storm": "one random route moved to a random vector of a random VP",
     "retarget-all": "all routes moved to other vectors in one batch",
@@ -34,6 +35,8 @@ class Standing(Enum):
     ARMED = 2
     QUIET = 3
     """All are in the table, and a single one is armed."""
+    DEVICE = 4
+    """All are armed, and are vectors of devices. Only the package knows devices; for other designs it is `ARMED`."""
 
 
 BEGINS = {
@@ -42,6 +45,7 @@ BEGINS = {
     "bring-up-made": Standing.MADE,
     "bring-up-batch": Standing.MADE,
     "msix-bring-up": Standing.NOTHING,
+    "msix-retarget": Standing.DEVICE,
     "push": Standing.QUIET,
 }
 """The standing before a workload; `ARMED` for the others."""
@@ -51,6 +55,7 @@ ENDS = {
     "bring-up-made": Standing.ARMED,
     "bring-up-batch": Standing.ARMED,
     "msix-bring-up": Standing.ARMED,
+    "msix-retarget": Standing.DEVICE,
     "push": Standing.QUIET,
     "tear-down": Standing.NOTHING,
 }

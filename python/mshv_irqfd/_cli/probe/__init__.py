@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from contextlib import closing
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from mshv_irqfd import HypervisorUnavailableError
 from mshv_irqfd._cli import progress
+from mshv_irqfd._cli.arguments import seconds
 from mshv_irqfd._cli.probe import rows
 from mshv_irqfd._cli.probe.finding import Finding, show
 from mshv_irqfd._cli.probe.torn_pushes import count_torn
@@ -46,7 +48,7 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--torn-pushes",
-        type=progress.seconds,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="also signal during pushes and count torn signals, for this long without quiescing and as long with it",
@@ -61,11 +63,22 @@ def add_parser(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
+def _no_observer(options: Namespace) -> str | None:
+    """Why the device that --interrupts names can't be of use; None if it can."""
+    if options.interrupts is None:
+        return None
+    if options.backend != "mshv":
+        return f"--interrupts {options.interrupts} goes with --backend mshv; KVM's local APIC tells by itself"
+    if not os.access(options.interrupts, os.R_OK):
+        return f"--interrupts {options.interrupts}: there is no such device, or it can't be read"
+    return None
+
+
 def run(options: Namespace) -> int:
     """Runs the probe and prints its findings."""
     device = options.device or DEVICES[options.backend]
-    if options.interrupts and options.backend != "mshv":
-        print(f"--interrupts {options.interrupts} goes with --backend mshv", file=sys.stderr)
+    if problem := _no_observer(options):
+        sys.stderr.write(f"{problem}\n")
         return 2
     try:
         with closing(RawPartition(options.backend, device)):

@@ -289,30 +289,34 @@ def _(scene: Scene) -> str:
 
 def _race(scene: Scene, event: int, act: Callable[[], object], after: Callable[[], object]) -> str:
     """Acts while another thread signals once, many times over, and counts the signals that raise no interrupt."""
-    go, gone = threading.Semaphore(0), threading.Semaphore(0)
+    go, gone, over = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def signaller() -> None:
-        for _ in range(RACES):
-            go.acquire()
+        while go.acquire() and not over.is_set():
             os.eventfd_write(event, 1)
             gone.release()
 
     thread = threading.Thread(target=signaller)
-    thread.start()
     lost, seen = 0, True
-    for _ in range(RACES):
-        scene.arrived()
-        go.release()
-        act()
-        gone.acquire()
-        end = time.monotonic() + PATIENCE
-        arrived = scene.arrived()
-        while arrived == [] and time.monotonic() < end:
+    try:
+        thread.start()
+        for _ in range(RACES):
+            scene.arrived()
+            go.release()
+            act()
+            gone.acquire()
+            end = time.monotonic() + PATIENCE
             arrived = scene.arrived()
-        seen = seen and arrived is not None
-        lost += arrived == []
-        after()
-    thread.join()
+            while arrived == [] and time.monotonic() < end:
+                arrived = scene.arrived()
+            seen = seen and arrived is not None
+            lost += arrived == []
+            after()
+    finally:
+        # Also after an error or Ctrl-C: a thread that waits would keep the program from ending.
+        over.set()
+        go.release()
+        thread.join()
     if not seen:
         return UNSEEN
     return f"lost {lost} times" if lost else "never lost"
