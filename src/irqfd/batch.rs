@@ -75,6 +75,11 @@ impl<R: AsRef<IrqFdRoute>> Batch<R> {
         self.edit(route).event = Some(event);
     }
 
+    /// The routes that it changes. One is there twice if another one with its GSI came in between.
+    pub fn routes(&self) -> impl Iterator<Item = &R> {
+        self.edits.iter().map(|(route, _)| route)
+    }
+
     /// The number of routes that it changes.
     pub fn len(&self) -> usize {
         self.edits.len()

@@ -122,8 +122,12 @@ impl Batch {
         self.partition.clone_ref(py)
     }
 
-    /// For the garbage collector: an instance of a subclass may be part of a cycle.
+    /// For the garbage collector: an instance of a subclass, which a route may be of, may be part of a cycle.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // A thread that has the lock just now has the batch too, so it is no garbage.
+        if let Ok(open) = self.open.try_lock() {
+            open.iter().flat_map(Edits::routes).try_for_each(|Kept(route)| visit.call(route))?;
+        }
         visit.call(&self.partition)
     }
 

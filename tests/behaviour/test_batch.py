@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from backends import Backend, Guest
 from mshv_irqfd import Batch, ClosedError, IrqFdRoute
-from support import NOTHING, msi, still_works
+from support import NOTHING, collect, msi, still_works
 
 Open = Callable[..., Guest]
 
@@ -246,3 +247,17 @@ def test_a_batch_keeps_its_routes_alive_until_the_commit(guest: Guest) -> None:
     batch.commit()
     assert guest.partition.routes == []
     assert guest.partition.stats().arms == 1
+
+
+def test_a_batch_that_its_own_route_refers_to_is_collected(guest: Guest) -> None:
+    class Planned(IrqFdRoute):
+        plan: Batch
+
+    route = Planned(guest.partition)
+    route.plan = guest.partition.batch()
+    route.plan.mask(route)
+    gone = weakref.ref(route)
+    route.close()
+    del route
+    collect()
+    assert gone() is None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from backends import Guest, SimulatedGuest
 from mshv_irqfd import ClosedError, EventFd, IrqFdError
+from mshv_irqfd.testing import failing
 from support import close_as_someone_else, collect, msi, still_works
 
 Open = Callable[..., Guest]
@@ -271,8 +272,7 @@ def test_an_eventfd_is_free_again_when_the_partition_of_its_broken_route_is_clos
     closed, other = open_simulated().partition, open_simulated().partition
     route = closed.new_irqfd_route(event=theirs)
     route.set_msi(msi(0x41))
-    closed.fail("deassign_irqfd", errno.ENOMEM)
-    with pytest.raises(IrqFdError):
+    with failing(closed, "deassign_irqfd", errno.ENOMEM), pytest.raises(IrqFdError):
         route.close()
     with pytest.raises(ValueError, match="of another partition"):
         other.new_irqfd_route(event=theirs)

@@ -82,14 +82,8 @@ class DiskDriver:
 
     def interrupted(self) -> list[Done]:
         """Waits for interrupts, and takes the requests that are done."""
-        arrived: list[Interrupt] = []
-
-        def some() -> bool:
-            arrived.extend(self.guest.take_interrupts())
-            return arrived != []
-
-        until(some, f"an interrupt: {len(self._busy)} of {self.submitted} requests are in flight")
-        self.interrupts.update(arrived)
+        what = f"an interrupt: {len(self._busy)} of {self.submitted} requests are in flight"
+        self.interrupts.update(until(self.guest.take_interrupts, what))
         return self.take_done()
 
     def finish(self) -> None:

@@ -24,7 +24,7 @@ from mshv_irqfd import (
     MsixTable,
     RoutingError,
 )
-from mshv_irqfd.testing import until
+from mshv_irqfd.testing import failing, until
 from support import close_as_someone_else, collect, counting, in_child, msi, recorded, refusal, still_works
 
 if TYPE_CHECKING:
@@ -705,8 +705,10 @@ def test_irqfds_that_can_not_be_disarmed_are_told_when_the_table_is_closed(
 ) -> None:
     driver = Driver(simulated, 3)
     driver.bring_up(msi(0x41), msi(0x42), msi(0x43))
-    simulated.partition.fail("deassign_irqfd", errno.EIO, times=2)
-    with pytest.raises(IrqFdError, match=r"GSI 24.*GSI 25"):
+    with (
+        failing(simulated.partition, "deassign_irqfd", errno.EIO, times=2),
+        pytest.raises(IrqFdError, match=r"GSI 24.*GSI 25"),
+    ):
         driver.table.close()
     assert driver.table.closed
     assert [simulated.partition.gsi_state(gsi) for gsi in (24, 25, 26)] == [

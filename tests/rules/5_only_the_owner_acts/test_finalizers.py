@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from mshv_irqfd import EventFd, GsiState
-from mshv_irqfd.testing import until
+from mshv_irqfd.testing import failing, until
 from support import collect, msi, native_threads, open_files, recorded, still_works
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ def test_a_failure_in_a_finalizer_goes_to_the_unraisable_hook(
     monkeypatch.setattr(sys, "unraisablehook", lambda it: reported.append((it.exc_type.__name__, it.exc_value.errno)))
     route = simulated.partition.new_irqfd_route()
     route.set_msi(msi(0x41))
-    simulated.partition.fail("deassign_irqfd", errno.EIO)
-    del route
-    collect()
+    with failing(simulated.partition, "deassign_irqfd", errno.EIO):
+        del route
+        collect()
     assert reported == [("IrqFdError", errno.EIO)]
     assert simulated.partition.gsi_state(24) is GsiState.BROKEN
     still_works(simulated)
