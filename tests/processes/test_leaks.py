@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from backends import Backend, SimulatedGuest
 
-LIVES, STRETCHES = 30, 8
-"""Partitions in a stretch, and stretches at most. Caches grow in some stretches, a leak grows in each."""
+LIVES, STRETCHES = 30, 40
+"""Partitions in a stretch, and stretches at most. The caches of threads grow in the first 15; a leak grows in each."""
 
 LEAST = 24
 """Bytes of the smallest block of the C library's heap."""
