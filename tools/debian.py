@@ -205,7 +205,9 @@ def rust() -> int:
     home = Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
     run("cargo", "fetch", "--locked", "--manifest-path", ROOT / "Cargo.toml")
     script = f"""
-        rustc --version | tee /dev/stderr | grep -qF ' {claimed}.'
+        version=$(rustc --version)
+        echo "$version"
+        echo "$version" | grep -qF ' {claimed}.'
         cd /source
         exec cargo build --quiet --locked --offline --lib --features python --target-dir /tmp/target
     """
