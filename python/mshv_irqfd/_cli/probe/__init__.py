@@ -78,7 +78,7 @@ def run(options: Namespace) -> int:
     """Runs the probe and prints its findings."""
     device = options.device or DEVICES[options.backend]
     if problem := _no_observer(options):
-        sys.stderr.write(f"{problem}\n")
+        print(problem, file=sys.stderr)
         return 2
     try:
         with closing(RawPartition(options.backend, device)):
